@@ -1,0 +1,146 @@
+"""The small references that fusions are chains of, in plain PyTorch.
+
+An atom is at once a specification, the test oracle, what a fused op runs on a CPU, and
+(traced by the running torch, brought to normal form) the pattern that is looked for.
+Every ``rounding`` argument names where the plain module rounds to the activation dtype:
+
+========== ==================================================================================
+"once"     fp32 from the load to the end, one rounding at the end
+"rstd"     RMSNorm: ``rsqrt(mean(x.float()²) + eps)`` is rounded, the product is in ``x.dtype``
+"weight"   RMSNorm: the normalised value is rounded *before* the weight multiplies it
+"silu"     SwiGLU: ``silu(gate)`` is rounded, then the product with ``up`` is rounded
+"every"    each single operation rounds to ``x.dtype``, as PyTorch does without ``.float()``
+========== ==================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float, rounding: str) -> Tensor:
+    """RMSNorm over the last axis. x ``[..., D]``, weight ``[D]`` or None; returns ``[..., D]``.
+
+    The result has ``x.dtype``, but for "rstd", "weight" and "every" with a weight of a wider
+    dtype, where PyTorch's promotion decides.
+    """
+    if rounding == "every":
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return y if weight is None else weight * y
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if rounding == "rstd":
+        y = x * rstd.to(x.dtype)
+        return y if weight is None else weight * y
+    y = wide * rstd
+    if weight is None:
+        return y.to(x.dtype)
+    if rounding == "weight":
+        return weight * y.to(x.dtype)
+    return (weight * y).to(x.dtype)  # "once"
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, rounding: str) -> Tensor:
+    """Rotate the trailing interleaved (even, odd) pairs of the last axis; leave the rest.
+
+    x ``[..., D]``; cos, sin ``[..., R/2]``, broadcast against x's leading axes, R ≤ D even.
+    ``inverse`` rotates by the conjugate. "once" computes in fp32, "every" in ``x.dtype``.
+    """
+    half = cos.shape[-1]
+    nope, rot = x[..., : x.shape[-1] - 2 * half], x[..., x.shape[-1] - 2 * half :]
+    if rounding == "once":
+        rot = rot.float()
+    even, odd = rot[..., 0::2], rot[..., 1::2]
+    if inverse:
+        sin = -sin
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return torch.cat((nope, turned.flatten(-2).to(x.dtype)), dim=-1)
+
+
+def clamp_swiglu(
+    gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str
+) -> Tensor:
+    """``silu(min(gate, limit)) * clamp(up, ±limit) [* weight]``; gate, up ``[..., I]``.
+
+    weight ``[..., 1]`` multiplies before the last rounding ("once") or after it ("silu").
+    NaN propagates. Returns ``[..., I]`` in ``gate.dtype`` (weight's promotion under "silu").
+    """
+    wide = (gate.float(), up.float()) if rounding == "once" else (gate, up)
+    g, u = wide
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(min=-limit, max=limit)
+    y = F.silu(g) * u
+    if weight is not None:
+        y = y * weight
+    return y.to(gate.dtype) if rounding == "once" else y
+
+
+def block_scale(amax: Tensor, *, scale: str, via: str) -> Tensor:
+    """The fp32 scale of a block: ``amax / 448``, for "pow2" rounded up to a power of two.
+
+    ``via="div"`` divides by 448, ``via="mul"`` multiplies by ``1 / 448`` (one ulp apart).
+    """
+    raw = amax / FP8_MAX if via == "div" else amax * (1.0 / FP8_MAX)
+    return torch.exp2(torch.ceil(torch.log2(raw))) if scale == "pow2" else raw
+
+
+def amax_scale(
+    blocks: Tensor, *, floor: float | None, scale: str, via: str = "div"
+) -> Tensor:
+    """The scale of each block: blocks ``[..., group]`` to fp32 ``[..., 1]``."""
+    amax = blocks.float().abs().amax(-1, keepdim=True)
+    return block_scale(amax if floor is None else amax.clamp_min(floor), scale=scale, via=via)
+
+
+def encode(blocks: Tensor, s: Tensor, *, by: str = "div", saturate: bool = True) -> Tensor:
+    """Blocks over their scales as fp8 e4m3: ``x / s``, or ``x * (1 / s)`` for ``by="mul"``."""
+    y = blocks.float() / s if by == "div" else blocks.float() * s.reciprocal()
+    return (y.clamp(-FP8_MAX, FP8_MAX) if saturate else y).to(FP8)
+
+
+def group_quant(
+    x: Tensor,
+    *,
+    group: int,
+    floor: float | None,
+    scale: str,
+    via: str = "div",
+    by: str = "div",
+    saturate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """fp8 e4m3 in groups along the last axis. x ``[..., L]``, ``L % group == 0``.
+
+    Returns codes ``[..., L]`` float8_e4m3fn and fp32 scales ``[..., L / group]``, with
+    ``codes * scale ≈ x``. ``floor`` bounds amax from below. NaN gives NaN codes.
+    """
+    blocks = x.unflatten(-1, (-1, group))
+    s = amax_scale(blocks, floor=floor, scale=scale, via=via)
+    return encode(blocks, s, by=by, saturate=saturate).flatten(-2), s.squeeze(-1)
+
+
+def fake_quant(
+    x: Tensor,
+    *,
+    group: int,
+    floor: float | None,
+    scale: str,
+    via: str = "div",
+    by: str = "div",
+    saturate: bool = True,
+) -> Tensor:
+    """x through fp8 e4m3 and back, in groups along the last axis; keeps x's dtype."""
+    blocks = x.unflatten(-1, (-1, group))
+    s = amax_scale(blocks, floor=floor, scale=scale, via=via)
+    wide = encode(blocks, s, by=by, saturate=saturate).float() * s
+    return wide.flatten(-2).to(x.dtype)
+
+
+def fake_quant_lead(x: Tensor, *, tail: int, **quant: object) -> Tensor:
+    """``fake_quant`` of all but the last ``tail`` lanes (the rope part of a kv row)."""
+    lead = x.shape[-1] - tail
+    return torch.cat((fake_quant(x[..., :lead], **quant), x[..., lead:]), dim=-1)  # type: ignore

@@ -1,0 +1,204 @@
+"""What a fusion is made of: atoms hit in a graph, chained into candidates.
+
+A fusion's file in ``patterns/`` holds a ``FUSION`` whose ``find`` walks a ``Scene`` (one graph read
+as terms) and yields candidates: which nodes it would replace, which tensors it needs, and a plain
+function that computes the replacement from those tensors through the fused op. That one function
+is run on random inputs to verify the site, and traced to rewrite the graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import maps, trace, views
+from dsv4fuse.lower import Lowering
+from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
+from dsv4fuse.terms import Complex, Term
+
+assert views.means  # importing views registers what they mean
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One way an atom may appear: hole shapes and dtypes, captured scalars, fixed arguments."""
+
+    holes: tuple[tuple[Hole, torch.dtype], ...]
+    scalars: tuple[str, ...] = ()
+    arguments: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A reference and the ways in which it may appear at a node."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    specs: Callable[[fx.Node, Term], Iterator[Spec]]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An atom found at a node."""
+
+    atom: Atom
+    node: fx.Node
+    env: Env
+    arguments: Mapping[str, object]
+
+    def __getattr__(self, name: str) -> Bound:
+        try:
+            return self.env.holes[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def scalar(self, name: str) -> float:
+        return self.env.scalars[name]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A node that an atom almost matched."""
+
+    atom: str
+    node: fx.Node
+    pattern: Pattern
+    miss: Miss
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place where a fusion applies.
+
+    ``call(*inputs)`` gets one tensor per node of ``inputs`` and returns one tensor per node of
+    ``outputs``, equal in shape, dtype and stride; it mutates, in place, each input in ``caches``
+    whose new version is the node at the same position in ``updates``.
+    """
+
+    fusion: str
+    root: fx.Node
+    inputs: tuple[fx.Node, ...]
+    call: Callable[..., tuple[Tensor, ...]]
+    outputs: tuple[fx.Node, ...]
+    caches: tuple[fx.Node, ...] = ()
+    updates: tuple[fx.Node, ...] = ()
+    unsupported: str | None = None
+    loose: frozenset[str] = frozenset()
+    detail: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A registered fusion; ``name`` is the stem of its files in patterns/ and kernels/."""
+
+    name: str
+    find: Callable[[Scene, str], list[Candidate]]
+    atoms: tuple[Atom, ...]
+
+
+class Scene:
+    """One graph read as terms, with what atoms found in it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.low = Lowering()
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.nodes = [
+            n
+            for n in graph.nodes
+            if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
+        ]
+        self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
+        self.near: list[NearMiss] = []
+
+    def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
+        """The atom at a node, in the first of its specs that fits."""
+        key = (atom.name, node)
+        if key not in self._hits:
+            self._hits[key] = self._try(atom, node)
+        return self._hits[key]
+
+    def hits(self, atom: Atom) -> list[Hit]:
+        found = (self.hit(atom, n) for n in self.nodes)
+        return [h for h in found if h is not None]
+
+    def _try(self, atom: Atom, node: fx.Node) -> Hit | None:
+        root = self.low.term(node)
+        if isinstance(root, Complex):
+            return None
+        best: NearMiss | None = None
+        for spec in atom.specs(node, root):
+            pattern = trace.pattern(
+                atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments
+            )
+            attempt = Unifier(pattern, self.low, node)
+            env = attempt.run()
+            if env is not None:
+                return Hit(atom, node, env, dict(spec.arguments))
+            if best is None or attempt.miss.score > best.miss.score:
+                best = NearMiss(atom.name, node, pattern, attempt.miss)
+        if best is not None and best.miss.score > 0:
+            self.near.append(best)
+        return None
+
+    def holders(self, node: fx.Node) -> Iterator[tuple[fx.Node, Rows]]:
+        """Nodes with the same lanes as this one, and their leading axes in this one's."""
+        term = self.low.term(node)
+        if isinstance(term, Complex):
+            return
+        lane = len(node.meta["val"].shape) - 1
+        for other, m in self.low.origins.get(term, []):
+            if not m or m[-1].whole() != lane:
+                continue
+            rows = tuple(None if i == maps.ZERO else i.whole() for i in m[:-1])
+            shape = maps.sizes_of(other.meta["val"])
+            exact = all(
+                n == 1 if r is None else i != maps.ZERO
+                for n, r, i in zip(shape, rows, m, strict=False)
+            )
+            if exact:
+                yield other, rows
+
+
+def row_axes(bound: Bound) -> list[int]:
+    return [r for r in bound.rows if r is not None]
+
+
+def arrange(t: Tensor, bound: Bound, order: tuple[int | None, ...]) -> Tensor:
+    """A bound tensor as ``[*order, lanes]``: axes permuted, unit axes added; no data moves.
+
+    ``order`` names the root's axes; one that the tensor lacks becomes an axis of size one.
+    """
+    if bound.part:
+        t = torch.view_as_real(t)[..., 0 if bound.part == "re" else 1]
+    if not bound.laned:
+        t = t.unsqueeze(-1)
+    rows = list(bound.rows)
+    for axis in reversed([a for a, r in enumerate(rows) if r is None]):
+        t = t.squeeze(axis)
+        del rows[axis]
+    present = [r for r in order if r in rows]
+    t = t.permute(*(rows.index(r) for r in present), len(rows))
+    for axis, r in enumerate(order):
+        if r not in rows or r is None:
+            t = t.unsqueeze(axis)
+    return t
+
+
+@cache
+def registry() -> Mapping[str, Fusion]:
+    """Every fusion in patterns/, by name."""
+    import dsv4fuse.patterns as home
+
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(home.__path__)):
+        if not module.startswith("_"):
+            fusion = importlib.import_module(f"dsv4fuse.patterns.{module}").FUSION
+            found[fusion.name] = fusion
+    return found

@@ -1,0 +1,173 @@
+"""Rules that bring elementwise terms to normal form: one line each, with its reason.
+
+``exact`` rules hold bit for bit on every input, NaN, infinities and signed zeros included (the
+sign and payload of a NaN aside). ``ulp`` rules hold up to the rounding of one operation; a site
+that used one says so. Nothing else is a rule: no reassociation, no distribution, since both
+change rounding. A rule is a function of (op, args, dtype, make) that answers the new term or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsv4fuse.terms import Term
+
+Make = Callable[..., Term]
+WIDER = {  # casts that keep every value
+    torch.float8_e4m3fn: (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewriting step; ``ops`` are the operations it looks at."""
+
+    name: str
+    kind: str  # "exact" or "ulp"
+    ops: tuple[str, ...]
+    apply: Callable[[tuple[Term, ...], torch.dtype | None, Make], Term | None]
+
+
+def widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
+    return narrow is not None and wide in WIDER.get(narrow, ())
+
+
+def number(t: Term) -> float | None:
+    return t.args[0] if t.op == "const" else None
+
+
+def holds(value: float, dtype: torch.dtype | None) -> bool:
+    """True when dtype represents the value exactly."""
+    if dtype is None or not dtype.is_floating_point:
+        return False
+    return torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
+
+
+def _cast(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    (x,) = a
+    if x.dtype is d:
+        return x  # a cast to the same dtype
+    if x.op == "cast" and x.args[0].dtype is d and widens(d, x.dtype):
+        return x.args[0]  # narrow ∘ widen
+    if x.op == "cast" and widens(x.args[0].dtype, x.dtype) and widens(x.dtype, d):
+        return make("cast", (x.args[0],), d)  # widen ∘ widen
+    if not widens(x.dtype, d):
+        return None
+    if x.op in ("neg", "abs"):
+        return make(x.op, (make("cast", x.args, d),), d)  # sign changes commute with widening
+    if x.op in ("minimum", "maximum") and all(
+        t.op != "const" or holds(t.args[0], x.dtype) for t in x.args
+    ):  # selecting commutes with widening where the bound itself is representable
+        return make(x.op, tuple(t if t.op == "const" else make("cast", (t,), d) for t in x.args), d)
+    return None
+
+
+def _signs(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """(-x)·y = -(x·y): signs move outward."""
+    for i, t in enumerate(a):
+        if t.op == "neg" and t.dtype is d:
+            return make("neg", (make("mul", (*a[:i], t.args[0], *a[i + 1 :]), d),), d)
+    return None
+
+
+def _clamp_order(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """max(min(x, hi), lo) = min(max(x, lo), hi) for lo ≤ hi."""
+    for inner, lo in (a, a[::-1]):
+        if number(lo) is None or inner.op != "minimum":
+            continue
+        for x, hi in (inner.args, inner.args[::-1]):
+            if number(hi) is not None and lo.args[0] <= hi.args[0] and number(x) is None:
+                return make("minimum", (make("maximum", (x, lo), d), hi), d)
+    return None
+
+
+def _unit(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    for x, c in (a, a[::-1]):
+        if number(c) == 1.0 and x.dtype is d:
+            return x
+        if number(c) == -1.0 and x.dtype is d:
+            return make("neg", (x,), d)
+    return None
+
+
+def _where(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """where(x > c, c, x) = min(x, c), where(x < c, c, x) = max(x, c); NaN stays x in both."""
+    test, yes, no = a
+    if test.op in ("gt", "ge", "lt", "le") and test.args == (no, yes) and number(yes) is not None:
+        return make("minimum" if test.op[0] == "g" else "maximum", (no, yes), d)
+    return None
+
+
+def _is(t: Term, op: str) -> bool:
+    return t.op == op
+
+
+def _one_plus_exp_neg(t: Term) -> Term | None:
+    """x of 1 + exp(-x)."""
+    if t.op == "add":
+        for e, one in (t.args, t.args[::-1]):
+            if number(one) == 1.0 and e.op == "exp" and e.args[0].op == "neg":
+                return e.args[0].args[0]
+    return None
+
+
+def _over_root(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """1/sqrt(y) ~ rsqrt(y), x/sqrt(y) ~ x·rsqrt(y)."""
+    x, y = a
+    if y.op != "sqrt":
+        return None
+    root = make("rsqrt", y.args, d)
+    return root if number(x) == 1.0 else make("mul", (x, root), d)
+
+
+def _silu(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """x·sigmoid(x) ~ x/(1+exp(-x)), the form that PyTorch's own silu computes."""
+    for x, gate in (a, a[::-1]):
+        inner = gate.args[0] if gate.op == "sigmoid" else None
+        if gate.op == "div" and number(gate.args[0]) == 1.0:
+            inner = _one_plus_exp_neg(gate.args[1])
+        if inner is x:
+            e = make("exp", (make("neg", (x,), d),), d)
+            return make("div", (x, make("add", (make("const", (1.0,), None), e), d)), d)
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("cast", "exact", ("cast",), _cast),  # values that survive the trip
+    Rule("unit factor", "exact", ("mul",), _unit),  # x·1 = x, x·-1 = -x
+    Rule("sign of product", "exact", ("mul",), _signs),  # rounding is symmetric
+    Rule(
+        "sign of sign",
+        "exact",
+        ("neg",),
+        lambda a, d, make: a[0].args[0] if _is(a[0], "neg") else None,
+    ),  # -(-x) = x
+    Rule(
+        "abs of sign",
+        "exact",
+        ("abs",),
+        lambda a, d, make: make("abs", a[0].args, d) if _is(a[0], "neg") else None,
+    ),  # |-x| = |x|
+    Rule("clamp order", "exact", ("maximum",), _clamp_order),  # lo ≤ hi
+    Rule("clamp by where", "exact", ("where",), _where),
+    Rule(
+        "difference",
+        "exact",
+        ("sub",),
+        lambda a, d, make: make("add", (a[0], make("neg", (a[1],), d)), d),
+    ),  # x - y = x + (-y)
+    Rule("divide by root", "ulp", ("div",), _over_root),  # x/sqrt(y) ~ x·rsqrt(y)
+    Rule("silu by sigmoid", "ulp", ("mul",), _silu),  # x·sigmoid(x) ~ x/(1+exp(-x))
+    Rule(
+        "reciprocal",
+        "exact",
+        ("reciprocal",),
+        lambda a, d, make: make("div", (make("const", (1.0,), None), a[0]), d),
+    ),  # 1/x is a division
+)
