@@ -7,6 +7,7 @@ pass of Inductor's own; 2.11 and 2.12 take one callable, lists only from 2.13.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,3 +55,28 @@ def trace_fused(fn: Callable[..., Any], fakes: Sequence[Any], *, keep_ops: bool)
         for mode in modes:
             stack.enter_context(mode)
         return make_fx(dispatch_functionalize(fn), tracing_mode="real")(*fakes)
+
+
+def hint(value: torch.SymInt) -> int:
+    """The number a symbol stood for when the graph was traced; no guard is added."""
+    node = value.node
+    if node.hint is not None:
+        return int(node.hint)
+    return int(node.shape_env.size_hint(node.expr, fallback=64))
+
+
+def place(node: fx.Node) -> tuple[str, str, int]:
+    """(module path, file, line) of the user's code behind a node; "" and 0 where unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = ""
+    for entry in stack.values():
+        module = entry[0] if isinstance(entry, tuple) else str(entry)
+    module = _PATH.sub("", module).strip(".")
+    module = re.sub(r"\._modules\['([^']+)'\]|\['([^']+)'\]", r".\1\2", module).strip(".")
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return (module, own[-1][0], int(own[-1][1])) if own else (module, "", 0)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_PATH = re.compile(r"^L\['self'\]\.?|^L__self___?")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -36,11 +36,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Atom:
-    """A reference and the ways in which it may appear at a node."""
+    """A reference, the ways in which it may appear at a node, and operations it cannot lack."""
 
     name: str
     reference: Callable[..., Tensor]
     specs: Callable[[fx.Node, Term], Iterator[Spec]]
+    needs: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,6 @@ class Hit:
 
     def scalar(self, name: str) -> float:
         return self.env.scalars[name]
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    """A node that an atom almost matched."""
-
-    atom: str
-    node: fx.Node
-    pattern: Pattern
-    miss: Miss
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,8 @@ class Scene:
             if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
         ]
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
-        self.near: list[NearMiss] = []
+        self._operations: dict[Term, frozenset[str]] = {}
+        self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
         """The atom at a node, in the first of its specs that fits."""
@@ -130,9 +122,8 @@ class Scene:
 
     def _try(self, atom: Atom, node: fx.Node) -> Hit | None:
         root = self.low.term(node)
-        if isinstance(root, Complex):
+        if isinstance(root, Complex) or not atom.needs <= self.operations(root):
             return None
-        best: NearMiss | None = None
         for spec in atom.specs(node, root):
             pattern = trace.pattern(
                 atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments
@@ -141,11 +132,63 @@ class Scene:
             env = attempt.run()
             if env is not None:
                 return Hit(atom, node, env, dict(spec.arguments))
-            if best is None or attempt.miss.score > best.miss.score:
-                best = NearMiss(atom.name, node, pattern, attempt.miss)
-        if best is not None and best.miss.score > 0:
-            self.near.append(best)
+            self.misses.append((atom, node, pattern, attempt.miss))
         return None
+
+    def operations(self, term: Term) -> frozenset[str]:
+        """The names of all operations in a term."""
+        known = self._operations.get(term)
+        if known is None:
+            inner = (self.operations(a) for a in term.args if isinstance(a, Term))
+            known = self._operations[term] = frozenset((term.op,)).union(*inner)
+        return known
+
+    def first(self, node: fx.Node) -> bool:
+        """False for a node that only shows again what an earlier node holds."""
+        return all(
+            self.order[other] >= self.order[node] for other, _ in self.holders(node)
+        )
+
+    def region(self, root: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
+        """The nodes between leaves (left out) and root (included)."""
+        stop, seen, stack = set(leaves), set(), [root]
+        while stack:
+            node = stack.pop()
+            if node not in seen and node not in stop and node.op == "call_function":
+                seen.add(node)
+                stack += node.all_input_nodes
+        return seen
+
+    def outermost(self, atom: Atom) -> list[Hit]:
+        """The atom's hits that no later hit of it contains, in the graph's order."""
+        kept: list[Hit] = []
+        inside: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node in inside or not self.first(node):
+                continue
+            hit = self.hit(atom, node)
+            if hit is not None:
+                kept.append(hit)
+                leaves = (b.node for b in hit.env.holes.values())
+                inside |= self.region(node, leaves) - {node}
+        return kept[::-1]
+
+    def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
+        """Is there a place after all inputs and before every reader of the outputs?"""
+        last = max((self.order[n] for n in inputs), default=-1)
+        return all(self.order[user] > last for n in outputs for user in n.users)
+
+    def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
+        """Would node still be needed if the given nodes were replaced by something else?"""
+        done, stack = set(writes), list(node.users)
+        while stack:
+            user = stack.pop()
+            if user.op == "output" or user.target is torch.ops.aten.copy_.default:
+                return True
+            if user not in done:
+                done.add(user)
+                stack += user.users
+        return False
 
     def holders(self, node: fx.Node) -> Iterator[tuple[fx.Node, Rows]]:
         """Nodes with the same lanes as this one, and their leading axes in this one's."""
@@ -166,11 +209,10 @@ class Scene:
                 yield other, rows
 
 
-def row_axes(bound: Bound) -> list[int]:
-    return [r for r in bound.rows if r is not None]
+Order = tuple[int | None, ...]
 
 
-def arrange(t: Tensor, bound: Bound, order: tuple[int | None, ...]) -> Tensor:
+def arrange(t: Tensor, bound: Bound, order: Order) -> Tensor:
     """A bound tensor as ``[*order, lanes]``: axes permuted, unit axes added; no data moves.
 
     ``order`` names the root's axes; one that the tensor lacks becomes an axis of size one.
@@ -183,12 +225,31 @@ def arrange(t: Tensor, bound: Bound, order: tuple[int | None, ...]) -> Tensor:
     for axis in reversed([a for a, r in enumerate(rows) if r is None]):
         t = t.squeeze(axis)
         del rows[axis]
-    present = [r for r in order if r in rows]
+    present = [r for r in order if r is not None and r in rows]
     t = t.permute(*(rows.index(r) for r in present), len(rows))
     for axis, r in enumerate(order):
-        if r not in rows or r is None:
+        if r is None or r not in rows:
             t = t.unsqueeze(axis)
     return t
+
+
+def restore(t: Tensor, order: Order, rank: int) -> Tensor:
+    """``arrange`` undone: ``[*order, lanes]`` as the root's own ``rank`` axes."""
+    for axis in reversed([a for a, r in enumerate(order) if r is None]):
+        t = t.squeeze(axis)
+    held = [r for r in order if r is not None]
+    axes = sorted(held)
+    t = t.permute(*(held.index(a) for a in axes), len(held))
+    for axis in range(rank - 1):
+        if axis not in axes:
+            t = t.unsqueeze(axis)
+    return t
+
+
+def through(inner: Bound, outer: Bound) -> Bound:
+    """``inner``, found at the node of ``outer``, with its axes named by outer's root."""
+    rows = tuple(None if r is None else outer.rows[r] for r in inner.rows)
+    return Bound(inner.node, rows, inner.part, inner.laned)
 
 
 @cache

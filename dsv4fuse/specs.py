@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -152,10 +152,19 @@ def _scales_of(x: Tensor, *, group: int, keepdim: bool, **quant: object) -> Tens
     return s if keepdim else s.squeeze(-1)
 
 
-RMS_NORM = Atom("rms_norm", atoms.rms_norm, _rms_norm)
-ROPE = Atom("rope", atoms.rope, _rope(inverse=False))
-INVERSE_ROPE = Atom("inverse_rope", atoms.rope, _rope(inverse=True))
-SWIGLU = Atom("clamp_swiglu", atoms.clamp_swiglu, _swiglu)
-QUANT_LEAD = Atom("fake_quant_lead", atoms.fake_quant_lead, _lead)
-CODES = Atom("group_quant", _codes_of, _codes)
-SCALES = Atom("group_scale", _scales_of, _scales)
+def _atom(
+    name: str,
+    reference: Callable[..., Tensor],
+    specs: Callable[[fx.Node, Term], Iterator[Spec]],
+    needs: str,
+) -> Atom:
+    return Atom(name, reference, specs, frozenset(needs.split()))
+
+
+RMS_NORM = _atom("rms_norm", atoms.rms_norm, _rms_norm, "fold rsqrt mul")
+ROPE = _atom("rope", atoms.rope, _rope(inverse=False), "lace mul add neg")
+INVERSE_ROPE = _atom("inverse_rope", atoms.rope, _rope(inverse=True), "lace mul add neg")
+SWIGLU = _atom("clamp_swiglu", atoms.clamp_swiglu, _swiglu, "exp mul div")
+QUANT_LEAD = _atom("fake_quant_lead", atoms.fake_quant_lead, _lead, "cat fold cast")
+CODES = _atom("group_quant", _codes_of, _codes, "fold cast abs")
+SCALES = _atom("group_scale", _scales_of, _scales, "fold abs")

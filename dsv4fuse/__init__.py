@@ -1,0 +1,92 @@
+"""dsv4fuse: fused DeepSeek-V4 kernels for plain PyTorch models, found in the graph by meaning.
+
+Use it as a backend, ``torch.compile(model, backend="dsv4fuse")``, or as a decorator,
+``@dsv4fuse.fuse``. ``dsv4fuse.explain(model, *args)`` says what is fused, what is not, and why.
+
+Importing this package is cheap on purpose: torch looks the backend up by entry point in every
+process, so nothing below imports torch before a public name is used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4fuse.backend import explain, fuse, inductor_pass
+    from dsv4fuse.options import OptionError, Options
+    from dsv4fuse.report import FusionError, Report
+
+    ops: Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusionError",
+    "OptionError",
+    "Options",
+    "Report",
+    "__version__",
+    "explain",
+    "fuse",
+    "inductor_pass",
+    "ops",
+]
+
+# Public name -> the module that defines it.
+_HOME = {
+    "FusionError": "report",
+    "OptionError": "options",
+    "Options": "options",
+    "Report": "report",
+    "explain": "backend",
+    "fuse": "backend",
+    "inductor_pass": "backend",
+}
+
+
+def _adopt_checkout(package: pathlib.Path) -> str | None:
+    """The checkout root to search for ``dsv4fuse.kernels`` and ``dsv4fuse.patterns``, if any.
+
+    In a checkout both folders lie beside this package, and a plain editable install ignores
+    setuptools' package-dir mapping. In a wheel they lie inside it; then nothing is added, or a
+    stray ``pyproject.toml`` in site-packages would let the Hugging Face library ``kernels`` (a
+    regular package, which wins over a namespace portion) become ``dsv4fuse.kernels``.
+    """
+    root = package.parent
+    if (package / "kernels").is_dir() or not (root / "pyproject.toml").is_file():
+        return None
+    return str(root) if (root / "kernels").is_dir() and (root / "patterns").is_dir() else None
+
+
+if (_root := _adopt_checkout(pathlib.Path(__file__).resolve().parent)) is not None:
+    if _root not in __path__:
+        __path__.append(_root)
+
+
+def _load_ops() -> Any:
+    """Import every kernel module, which registers its op, and return ``torch.ops.dsv4fuse``."""
+    import torch
+
+    kernels = importlib.import_module("dsv4fuse.kernels")
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"dsv4fuse.kernels.{module.name}")
+    return torch.ops.dsv4fuse
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        value = _load_ops()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"dsv4fuse.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'dsv4fuse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

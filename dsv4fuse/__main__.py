@@ -1,0 +1,179 @@
+"""The command line: ``python -m dsv4fuse explain`` and ``python -m dsv4fuse doctor``.
+
+Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot work here),
+2 the command was given something that it cannot use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import dsv4fuse
+from dsv4fuse.options import OptionError
+from dsv4fuse.report import FusionError, Report
+
+app = typer.Typer(
+    help="Fused DeepSeek-V4 kernels for plain PyTorch models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # typer's tables of local variables would print whole tensors.
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class FactoryError(ValueError):
+    """The argument of ``explain`` does not lead to a model and its inputs."""
+
+
+@app.command()
+def explain(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function that returns (model, args) or (model, args, kwargs).",
+        ),
+    ],
+    options: Annotated[
+        str, typer.Option(help='Options of dsv4fuse as JSON, such as \'{"select": "always"}\'.')
+    ] = "{}",
+    json_file: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="Also write the report here; - is stdout.")
+    ] = "",
+    dump_graph: Annotated[
+        bool, typer.Option("--dump-graph", help="Also print the ATen graphs, to stderr.")
+    ] = False,
+) -> None:
+    """Say what dsv4fuse fuses in a model, what not, and why."""
+    try:
+        parsed = parse_options(options)
+        model, args, kwargs = build(factory)
+        if dump_graph:
+            _log_graphs()
+        report = dsv4fuse.explain(model, *args, options=parsed, **kwargs)
+    except (FactoryError, OptionError) as error:
+        _fail(str(error), 2)
+    except FusionError as error:
+        if error.report is not None:
+            _show(error.report, json_file)
+        _fail(str(error), 1)
+    _show(report, json_file)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and why not the rest."""
+    from dsv4fuse import doctor as checks
+
+    found = checks.examine()
+    typer.echo(checks.to_text(found))
+    if any(check.required and not check.ok for check in found):
+        raise typer.Exit(1)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """The mapping that the JSON of ``--options`` holds; its names are checked by the backend."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionError(
+            f"--options is not JSON ({error}). Write for example --options '{{\"strict\": true}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise OptionError(f"--options must be a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def build(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Import and call ``package.module:factory``; returns the model, its args and kwargs."""
+    function = _find(factory)
+    try:
+        made = function()
+    except Exception as error:
+        frames = "".join(traceback.format_exception(error))
+        raise FactoryError(f"The factory {factory!r} failed:\n{frames}") from error
+    shape = f"The factory {factory!r} must return (model, args) or (model, args, kwargs)"
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        raise FactoryError(f"{shape}, but it returned {got}.")
+    model, args, kwargs = (*made, {})[:3]
+    if not callable(model):
+        raise FactoryError(f"{shape}, but its model, a {type(model).__name__}, is not callable.")
+    if not isinstance(args, (tuple, list)):
+        got = type(args).__name__
+        raise FactoryError(f"{shape}, but its args are a {got}; write (model, (x,)).")
+    if not isinstance(kwargs, dict):
+        raise FactoryError(f"{shape}, but its kwargs are a {type(kwargs).__name__}, not a dict.")
+    return model, tuple(args), kwargs
+
+
+def _find(factory: str) -> Any:
+    module_name, colon, name = factory.partition(":")
+    if not (module_name and colon and name) or "/" in factory:
+        raise FactoryError(
+            f"{factory!r} is not of the form package.module:factory. For a file "
+            f"mymodels/tiny.py with a function make(), write mymodels.tiny:make."
+        )
+    try:
+        # As `python -m` does already; the installed script and the test runner do not.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        value: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            text = f"There is no module {missing!r} on sys.path or in {os.getcwd()}."
+        else:
+            text = f"The module {module_name!r} imports {missing!r}, which is not installed."
+        raise FactoryError(text) from error
+    except Exception as error:
+        frames = "".join(traceback.format_exception(error))
+        raise FactoryError(f"The module {module_name!r} does not import:\n{frames}") from error
+    if not hasattr(value, name):
+        public = [n for n in vars(value) if not n.startswith("_") and callable(vars(value)[n])]
+        close = difflib.get_close_matches(name, public, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise FactoryError(f"The module {module_name!r} has no {name!r}.{hint}")
+    function = getattr(value, name)
+    if not callable(function):
+        raise FactoryError(f"{factory!r} is a {type(function).__name__}, not a function.")
+    return function
+
+
+def _log_graphs() -> None:
+    # torch's own logs: the graph that the patterns are matched on, and the one that came out.
+    import torch._logging
+
+    torch._logging.set_logs(aot_graphs=True, post_grad_graphs=True)
+
+
+def _show(report: Report, json_file: str) -> None:
+    if json_file == "-":
+        typer.echo(report.to_json(indent=2))
+        return
+    report.print()
+    if json_file:
+        try:
+            pathlib.Path(json_file).write_text(report.to_json(indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            _fail(f"The report could not be written to {json_file!r}: {error.strerror}.", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"dsv4fuse: {message}", err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m dsv4fuse")

@@ -1,0 +1,144 @@
+"""Each site checked before it is taken: the user's own nodes against the fused op.
+
+Both run eagerly on the same random inputs of the real shapes, dtypes and strides, on the real
+device. Matching is a proof from the terms; this catches a wrong rule, a wrong kernel, a wrong
+binding. Equal regions are checked once a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import compat
+from dsv4fuse.fusion import Candidate
+from dsv4fuse.terms import short
+
+_verified: dict[object, str | None] = {}
+# Differences allowed, in units of the output dtype's rounding step at the largest value of a row:
+# a sum in another order may turn one rounding on the way, a rotation adds two rounded values.
+STEPS = {"faithful": 2.0, "precise": 8.0}
+
+
+def check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | None:
+    """None if the fused op computes what the region does, else a sentence."""
+    key = (candidate.fusion, numerics, _signature(candidate, region))
+    if key not in _verified:
+        with compat.outside_compilation():
+            _verified[key] = _check(candidate, region, numerics)
+    return _verified[key]
+
+
+def _check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | None:
+    made = {n: sample(n, candidate) for n in _leaves(candidate, region)}
+    try:
+        wanted = _run(region, dict(made))
+        expected = [wanted[n] for n in (*candidate.outputs, *candidate.updates)]
+        inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
+        found = list(candidate.call(*inputs))
+        found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
+    except torch.OutOfMemoryError:
+        return "There was not enough memory to check the site."
+    names = [n.name for n in (*candidate.outputs, *candidate.updates)]
+    for name, a, b in zip(names, expected, found, strict=True):
+        wrong = _differ(a, b, numerics)
+        if wrong:
+            return f"On random inputs {name} differs from the unfused result: {wrong}."
+    return None
+
+
+def _leaves(candidate: Candidate, region: list[fx.Node]) -> list[fx.Node]:
+    inside = set(region)
+    outer = (a for n in region for a in n.all_input_nodes if a not in inside)
+    return list(dict.fromkeys((*candidate.inputs, *outer)))
+
+
+def _run(region: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    for node in region:
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return env
+
+
+def hint(value: Any) -> Any:
+    """The number that a symbol had when the graph was traced."""
+    return compat.hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def sample(node: fx.Node, candidate: Candidate) -> Any:
+    """A random value like the node's: real strides, valid and distinct row indices."""
+    fake = node.meta["val"]
+    if not isinstance(fake, Tensor):
+        return hint(fake)
+    shape = [hint(s) for s in fake.shape]
+    strides = [hint(s) for s in fake.stride()]
+    generator = torch.Generator(device="cpu").manual_seed(len(node.name))
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 0)
+    if 0 in shape:
+        extent = 1
+    if fake.dtype.is_complex:
+        angle = torch.rand(extent, generator=generator) * 6.3
+        flat = torch.polar(torch.ones_like(angle), angle).to(fake.dtype)
+    elif fake.dtype.is_floating_point:
+        flat = torch.randn(extent, generator=generator).mul_(2).to(fake.dtype)
+    elif fake.dtype == torch.bool:
+        flat = torch.rand(extent, generator=generator) < 0.5
+    else:
+        rows = min((hint(c.meta["val"].shape[-2]) for c in candidate.caches), default=2)
+        batch = min(
+            (hint(c.meta["val"].shape[0]) for c in candidate.caches), default=rows
+        )  # an index into any leading axis of the cache stays in range
+        flat = torch.arange(extent) % max(1, min(rows, batch) if shape[-1:] == [1] else rows)
+        flat = flat.to(fake.dtype)
+    return flat.to(fake.device).as_strided(shape, strides)
+
+
+def _differ(a: Tensor, b: Tensor, numerics: str) -> str | None:
+    if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+        return (
+            f"{short(b.dtype)}{list(b.shape)} with strides {b.stride()} instead of "
+            f"{short(a.dtype)}{list(a.shape)} with {a.stride()}"
+        )
+    if not a.numel():
+        return None
+    if not a.dtype.is_floating_point:
+        return None if torch.equal(a, b) else "the integers are not equal"
+    x, y = a.to(torch.float64), b.to(torch.float64)
+    if not torch.equal(x.isnan(), y.isnan()):
+        return "NaN at other places"
+    x, y = x.nan_to_num(), y.nan_to_num()
+    step = torch.finfo(a.dtype).eps
+    scale = x.abs().amax(-1, keepdim=True) if x.dim() else x.abs()
+    worst = ((x - y).abs() / (scale * step + 1e-300)).max().item()
+    if worst <= STEPS[numerics]:
+        return None
+    return f"by {worst:.3g} rounding steps of {short(a.dtype)}"
+
+
+def _signature(candidate: Candidate, region: Iterable[fx.Node]) -> object:
+    """Equal for regions that compute the same on inputs alike."""
+    number: dict[fx.Node, object] = {}
+
+    def like(node: fx.Node) -> object:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return (tuple(map(str, value.shape)), tuple(map(str, value.stride())),
+                    value.dtype, value.device)  # fmt: skip
+        return str(value)
+
+    def name(node: fx.Node) -> str:
+        return f"%{number.setdefault(node, len(number))}"
+
+    rows = []
+    for node in region:
+        args = fx.node.map_arg((node.args, node.kwargs), name)
+        leaves = tuple(like(a) for a in node.all_input_nodes)
+        rows.append((name(node), str(node.target), repr(args), leaves))
+    inputs = tuple((name(n), like(n)) for n in candidate.inputs)
+    return (tuple(rows), inputs, str(sorted(candidate.detail.items())))
+
+

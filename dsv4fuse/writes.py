@@ -1,0 +1,159 @@
+"""Cache writes of a functional graph: ``new = write(cache, region, value)``.
+
+At the hook a write to a buffer is a chain of ``index_put``, ``index_copy``, ``slice_scatter``,
+``select_scatter`` over the buffer (or over views of it) whose result an epilogue ``copy_`` brings
+home. Each is read here as one ``Write``: per leading axis of the cache an index tensor or a span,
+and the value's axes that run along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from dsv4fuse.views import argument, shape_of, slice_range
+
+aten = torch.ops.aten
+Axes = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a write goes along one axis of the cache.
+
+    ``index``: a tensor of rows, its axes named by the value's; else ``start`` + the value's axis
+    ``along`` (None: the one row ``start``).
+    """
+
+    index: fx.Node | None = None
+    axes: Axes = ()
+    start: int | fx.Node = 0
+    along: int | None = None
+
+
+@dataclass(frozen=True)
+class Write:
+    """``node`` is ``cache`` with the rows at ``places`` replaced by ``value``."""
+
+    node: fx.Node
+    cache: fx.Node
+    places: tuple[Place, ...]  # the cache's axes in front of the lanes
+    value: fx.Node
+    home: fx.Node  # the copy_ that brings the final version home
+
+
+def written(graph: fx.Graph) -> Iterator[Write]:
+    """The writes whose base is a graph input and whose result goes home at once."""
+    for home in graph.nodes:
+        if home.op == "call_function" and home.target is aten.copy_.default:
+            cache, node = home.args[:2]
+            if isinstance(node, fx.Node) and cache.op in ("placeholder", "get_attr"):
+                found = _write(node, cache, home)
+                if found is not None:
+                    yield found
+
+
+def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
+    """The write that made this version of the cache, if it is one that rows describe."""
+    if node.target in (aten.view.default, aten.reshape.default):
+        return None  # a write through another shape: paged caches are indexed by page and row
+    rank = len(shape_of(cache))
+    whole = tuple(Place(along=k) for k in range(rank - 1))
+    read = _read(node, cache, whole)
+    if read is None:
+        return None
+    places, value = read
+    if len(shape_of(value)) < 1 or shape_of(value)[-1] != shape_of(cache)[-1]:
+        return None
+    return Write(node, cache, places, value, home)
+
+
+def _read(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
+    """(places, value) of a node that is ``base`` with some rows replaced."""
+    if node.target is aten.index_put.default or node.target is aten._unsafe_index_put.default:
+        return _index_put(node, base)
+    if node.target is aten.index_copy.default:
+        target, axis, index, value = node.args
+        axis %= len(whole) + 1
+        if target is not base or axis == len(whole):
+            return None
+        places = list(whole)
+        places[axis] = Place(index=index, axes=(axis,))
+        return tuple(places), value
+    if node.target is aten.copy.default and node.args[0] is base:
+        return whole, node.args[1]
+    if node.target is aten.slice_scatter.default:
+        return _slice(node, base, whole)
+    if node.target is aten.select_scatter.default:
+        return _select(node, base, whole)
+    return None
+
+
+def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
+    target, indices, value = node.args[:3]
+    accumulate = argument(node, 3, "accumulate", False)
+    if target is not base or accumulate or len(indices) > len(shape_of(base)) - 1:
+        return None
+    indices = [*indices, *[None] * (len(shape_of(base)) - 1 - len(indices))]
+    held = [k for k, i in enumerate(indices) if i is not None]
+    if not held or held[-1] - held[0] + 1 != len(held):
+        return None
+    tensors = [indices[k] for k in held]
+    if any(t.meta["val"].dtype not in (torch.int32, torch.int64) for t in tensors):
+        return None
+    rank = max(len(shape_of(t)) for t in tensors)
+    first = held[0]
+    places = []
+    for k, i in enumerate(indices):
+        if i is not None:
+            own = len(shape_of(i))
+            axes = tuple(
+                None if n == 1 else first + rank - own + j for j, n in enumerate(shape_of(i))
+            )
+            places.append(Place(index=i, axes=axes))
+        else:
+            places.append(Place(along=k if k < first else k - len(held) + rank))
+    if len(shape_of(value)) != len(indices) - len(held) + rank + 1:
+        return None  # the value is broadcast along leading axes
+    return tuple(places), value
+
+
+def _slice(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
+    target, source = node.args[:2]
+    axis = argument(node, 2, "dim", 0) % (len(whole) + 1)
+    start, _, step = slice_range(node, 2, shape_of(base)[axis])
+    given = argument(node, 3, "start", None)
+    if target is not base or step != 1 or axis == len(whole):
+        return None
+    inner = _viewed(source, base, aten.slice.Tensor)
+    places, value = (inner and _read(source, inner, whole)) or (whole, source)
+    place = places[axis]
+    if place.index is not None or place.start != 0:
+        return (places, value) if start == 0 else None
+    moved = replace(place, start=given if isinstance(given, fx.Node) else start)
+    return (*places[:axis], moved, *places[axis + 1 :]), value
+
+
+def _select(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
+    target, source, axis, at = node.args
+    axis %= len(whole) + 1
+    if target is not base or axis == len(whole):
+        return None
+    length = shape_of(base)[axis]
+    if isinstance(at, int) and at < 0 and isinstance(length, int):
+        at += length
+    fewer = tuple(Place(along=k) for k in range(len(whole) - 1))
+    inner = _viewed(source, base, aten.select.int)
+    places, value = (inner and _read(source, inner, fewer)) or (fewer, source)
+    return (*places[:axis], Place(start=at), *places[axis:]), value
+
+
+def _viewed(source: fx.Node, base: fx.Node, view: object) -> fx.Node | None:
+    """The view of base that source is a new version of."""
+    inner = source.args[0] if source.args and isinstance(source.args[0], fx.Node) else None
+    if inner is not None and inner.target is view and inner.args[0] is base:
+        return inner
+    return None

@@ -1,0 +1,291 @@
+"""RMSNorm → rope → cache write, for q and kv in one launch.
+
+Scope: q ``[.., heads, D]`` and kv ``[.., D]`` in any order of leading axes (batch, sequence and
+one head axis), D up to 1024, rope on the trailing interleaved pairs; each part alone too: q or kv
+only, without a norm, without a cache. kv's leading lanes may pass through fp8 (fake quant). The
+cache is ``[N, D]`` or ``[batch, N, D]``, written by index tensors (ring, slot mapping) or slices.
+Seed: ATOM's ``fused_reduce_q_norm_qk_rope_swa_write``; DeepSeek's reference; transformers.
+"""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import maps
+from dsv4fuse.fusion import Candidate, Fusion, Hit, Order, Scene, arrange, restore, through
+from dsv4fuse.match import Bound
+from dsv4fuse.specs import QUANT_LEAD, RMS_NORM, ROPE
+from dsv4fuse.writes import Place, Write, written
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One tensor's way: [norm →] rope [→ fake quant] [→ write], its axes named by ``root``'s."""
+
+    root: fx.Node
+    x: Bound
+    cos: Bound
+    sin: Bound
+    rope: Hit
+    norm: Hit | None
+    quant: Hit | None
+    order: Order  # the root's axes as (batch, sequence) or (batch, sequence, head)
+    write: Write | None = None
+    places: tuple[Place, ...] = ()
+
+    @property
+    def heads(self) -> bool:
+        return len(self.order) == 3
+
+    @property
+    def loose(self) -> frozenset[str]:
+        return frozenset().union(*(h.env.loose for h in (self.rope, self.norm, self.quant) if h))
+
+
+def find(scene: Scene, numerics: str) -> list[Candidate]:
+    """Every place of this fusion in a graph, q and kv that share a rotation paired."""
+    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)}
+    legs = [leg for rope in scene.outermost(ROPE) if (leg := _leg(scene, rope, quants))]
+    legs = [_written(scene, leg, list(written(scene.graph))) for leg in legs]
+    candidates, left = [], list(legs)
+    for q in [leg for leg in legs if leg.heads]:
+        kv = next((k for k in left if not k.heads and _together(scene, q, k)), None)
+        left = [leg for leg in left if leg is not q and leg is not kv]
+        candidates.append(_candidate(scene, q, kv, numerics))
+    return candidates + [_candidate(scene, None, kv, numerics) for kv in left]
+
+
+def _leg(scene: Scene, rope: Hit, quants: dict[fx.Node, Hit]) -> Leg | None:
+    norm = scene.hit(RMS_NORM, rope.x.node)
+    x = through(norm.x, rope.x) if norm else rope.x
+    quant = quants.get(rope.node)
+    root, cos, sin = rope.node, rope.cos, rope.sin
+    if quant is not None:
+        root = quant.node
+        x, cos, sin = (through(b, quant.x) for b in (x, cos, sin))
+    order = _order(x, cos)
+    if order is not None and len(order) == 3 and quant is not None:  # only kv rows are quantised
+        return _leg(scene, rope, {})
+    return None if order is None else Leg(root, x, cos, sin, rope, norm, quant, order)
+
+
+def _order(x: Bound, cos: Bound) -> Order | None:
+    """Which of the root's axes are batch, sequence and heads: heads share a rotation."""
+    turned = [r for r in cos.rows if r is not None]
+    shared = [r for r in x.rows if r is not None and r not in turned]
+    if any(r not in x.rows for r in turned) or len(set(x.rows)) < len(x.rows) - x.rows.count(None):
+        return None
+    places = {r: i for i, r in enumerate(x.rows) if r is not None}
+    batch = [r for r in shared if turned and places[r] < min(places[t] for t in turned)]
+    heads = [r for r in shared if r not in batch]
+    tokens = [*batch, *turned]
+    if len(tokens) > 2 or len(heads) > 1:
+        return None
+    lead: Order = (None,) * (2 - len(tokens)) + tuple(sorted(tokens, key=lambda r: places[r]))
+    return (*lead, *heads)
+
+
+def _written(scene: Scene, leg: Leg, writes: list[Write]) -> Leg:
+    """The leg with the write that takes its rows, if there is one that rows describe."""
+    if leg.heads:
+        return leg
+    for write in writes:
+        rows = dict(scene.holders(write.value)).get(leg.root)
+        if rows is None or write.value.meta["val"].dtype != write.cache.meta["val"].dtype:
+            continue
+        own = {v: axis for axis, v in enumerate(rows) if v is not None}
+        places = tuple(_renamed(p, own) for p in write.places)
+        order = _seated(leg.order, places)
+        if order is not None and len(places) in (1, 2):
+            return replace(leg, write=write, places=places, order=order)
+    return leg
+
+
+def _renamed(place: Place, own: dict[int, int]) -> Place:
+    """A place with its axes named by the leg's root instead of the written value."""
+    axes = tuple(None if a is None else own.get(a) for a in place.axes)
+    return replace(place, axes=axes, along=own.get(place.along, place.along))
+
+
+def _seated(order: Order, places: tuple[Place, ...]) -> Order | None:
+    """The order in which a span along the cache's first axis is the batch, along its last the
+    sequence; None when there is no such order."""
+    batch, sequence = order
+    spans = [p.along if p.index is None else None for p in places]
+    if len(places) == 2 and spans[0] is not None and spans[0] == sequence and batch is None:
+        batch, sequence = sequence, None
+    fits = spans[-1] in (None, sequence) and (len(places) == 1 or spans[0] in (None, batch))
+    one = [p for p, a in zip(places, (batch, sequence)[-len(places) :], strict=True)
+           if p.index is None and p.along is None and a is not None]  # fmt: skip
+    return (batch, sequence) if fits and not one else None
+
+
+def _together(scene: Scene, q: Leg, kv: Leg) -> bool:
+    """May q and kv share a launch: one rotation table, read the same way, the same tokens."""
+
+    def seats(leg: Leg, bound: Bound) -> tuple[object, ...]:
+        return tuple(None if r is None else leg.order.index(r) for r in bound.rows)
+
+    def extents(leg: Leg) -> list[object]:
+        shape = maps.sizes_of(leg.root.meta["val"])
+        return [1 if a is None else shape[a] for a in leg.order[:2]]
+
+    same = all(
+        (a.node, a.part, seats(q, a)) == (b.node, b.part, seats(kv, b))
+        for a, b in ((q.cos, kv.cos), (q.sin, kv.sin))
+    )
+    one_rope = q.rope.arguments == kv.rope.arguments
+    inputs = [b.node for leg in (q, kv) for _, b in _bounds(leg)]
+    inputs += [q.cos.node, q.sin.node, *_index_nodes(kv.places).values()]
+    outputs = [q.root, kv.root, *([kv.write.node] if kv.write else [])]
+    return (
+        same and one_rope and extents(q) == extents(kv) and scene.placeable(inputs, outputs)
+    )
+
+
+def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Candidate:
+    legs = [leg for leg in (q, kv) if leg is not None]
+    write = kv.write if kv else None
+    keep = kv is not None and (
+        write is None or scene.live_without(kv.root, [write.node])
+    )
+    bounds = {f"{n}.{k}": b for n, leg in (("q", q), ("kv", kv)) if leg for k, b in _bounds(leg)}
+    bounds |= {"cos": legs[0].cos, "sin": legs[0].sin}
+    names = {name: bound.node for name, bound in bounds.items()}
+    if write is not None and kv is not None:
+        names |= {"cache": write.cache} | _index_nodes(kv.places)
+    inputs = tuple(dict.fromkeys(names.values()))
+    seat = {name: inputs.index(node) for name, node in names.items()}
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = {name: tensors[i] for name, i in seat.items()}
+        return _call(q, kv, given, numerics, keep)
+
+    return Candidate(
+        "norm_rope_cache",
+        legs[0].root,
+        inputs,
+        call,
+        tuple(leg.root for leg in legs if leg is not kv or keep),
+        (write.cache,) if write else (),
+        (write.node,) if write else (),
+        unsupported=_unsupported(kv),
+        loose=frozenset().union(*(leg.loose for leg in legs)),
+        detail=_detail(q, kv),
+    )
+
+
+def _unsupported(kv: Leg | None) -> str | None:
+    if kv is not None and kv.quant is not None:
+        a = kv.quant.arguments
+        if a["by"] == "mul" and a["scale"] != "pow2":
+            return "The kernel divides by the scale; this multiplies by its rounded reciprocal."
+    return None
+
+
+def _bounds(leg: Leg) -> list[tuple[str, Bound]]:
+    weight = leg.norm.env.holes.get("weight") if leg.norm else None
+    return [("x", leg.x), *([("weight", weight)] if weight else [])]
+
+
+def _index_nodes(places: tuple[Place, ...]) -> dict[str, fx.Node]:
+    out = {}
+    for name, place in zip(("slot", "seq"), reversed(places), strict=False):
+        if place.index is not None:
+            out[name] = place.index
+        elif isinstance(place.start, fx.Node):
+            out[f"{name}_start"] = place.start
+    return out
+
+
+def _detail(q: Leg | None, kv: Leg | None) -> dict[str, object]:
+    parts = []
+    for name, leg in (("q", q), ("kv", kv)):
+        if leg is not None:
+            steps = [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
+            steps += [leg.quant and "fake quant", leg.write and "cache write"]
+            parts.append(f"{name}: " + " → ".join(s for s in steps if s))
+    return {"parts": "; ".join(parts)}
+
+
+def _call(
+    q: Leg | None, kv: Leg | None, given: dict[str, Tensor], numerics: str, keep: bool
+) -> tuple[Tensor, ...]:
+    """The fused op on the bound tensors, and its results as the nodes replaced hold them."""
+    first = q or kv
+    assert first is not None
+    tensors = {
+        name: None if leg is None else arrange(given[f"{name}.x"], leg.x, leg.order)
+        for name, leg in (("q", q), ("kv", kv))
+    }
+    tokens = next(t for t in tensors.values() if t is not None).shape[:2]
+    cos, sin = (
+        arrange(given[n], getattr(first, n), first.order[:2]).expand(*tokens, -1)
+        for n in ("cos", "sin")
+    )
+    arguments: dict[str, object] = {
+        "rope_rounding": first.rope.arguments["rounding"],
+        "precise": numerics == "precise",
+        "q_heads_first": q is not None and _heads_first(q),
+        **_norm_arguments("q", q),
+        **_norm_arguments("kv", kv),
+        **_quant_arguments(kv),
+    }
+    positional = [tensors["q"], tensors["kv"], cos, sin, given.get("q.weight"),
+                  given.get("kv.weight")]  # fmt: skip
+    ops = torch.ops.dsv4fuse
+    if kv is None or kv.write is None:
+        outs = ops.norm_rope(*positional, **arguments)
+    else:
+        place = _place_arguments(kv, given, tokens)
+        outs = ops.norm_rope_cache(
+            *positional, given["cache"], place.pop("slot"), place.pop("seq"),
+            **place, **arguments, keep_kv=keep,
+        )  # fmt: skip
+    kept = [(leg, out) for leg, out in zip((q, kv), outs, strict=True) if leg is not None]
+    return tuple(
+        restore(out, leg.order, leg.root.meta["val"].dim())
+        for leg, out in kept
+        if leg is not kv or keep
+    )
+
+
+def _heads_first(q: Leg) -> bool:
+    """Does the replaced q keep its heads in front of the sequence?"""
+    batch, sequence, head = q.order
+    return sequence is not None and head is not None and head < sequence
+
+
+def _norm_arguments(name: str, leg: Leg | None) -> dict[str, object]:
+    norm = leg.norm if leg else None
+    return {
+        f"{name}_norm": norm.arguments["rounding"] if norm else "none",
+        f"{name}_eps": norm.scalar("eps") if norm else 0.0,
+    }
+
+
+def _quant_arguments(kv: Leg | None) -> dict[str, object]:
+    if kv is None or kv.quant is None:
+        return {}
+    a = kv.quant.arguments
+    floor = kv.quant.env.scalars.get("floor", 0.0)
+    return {"quant_group": a["group"], "quant_floor": floor, "quant_scale": a["scale"],
+            "via": a["via"]}  # fmt: skip
+
+
+def _place_arguments(kv: Leg, given: dict[str, Tensor], tokens: torch.Size) -> dict[str, object]:
+    out: dict[str, object] = {"slot": None, "seq": None, "wrap": True}
+    for name, place in zip(("slot", "seq"), reversed(kv.places), strict=False):
+        if place.index is not None:
+            index = arrange(given[name], Bound(place.index, place.axes, "", False), kv.order)
+            out[name] = index.squeeze(-1).expand(*tokens)
+        else:
+            out[f"{name}_start"] = given.get(f"{name}_start", place.start)
+    return out
+
+
+FUSION = Fusion("norm_rope_cache", find, (QUANT_LEAD, ROPE, RMS_NORM))
