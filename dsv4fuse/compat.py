@@ -80,3 +80,66 @@ def place(node: fx.Node) -> tuple[str, str, int]:
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _PATH = re.compile(r"^L\['self'\]\.?|^L__self___?")
+
+
+def configured_passes() -> list[Any]:
+    """The passes that the user's own Inductor configuration has at our hook."""
+    there = torch._inductor.config.joint_custom_pre_pass
+    if there is None:
+        return []
+    return list(there) if isinstance(there, list | tuple) else [there]
+
+
+def compile_inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], fusing: Any, inner: str
+) -> Callable[..., Any]:
+    """gm compiled with the pass (None: without), by Inductor or as the rewritten ATen graph."""
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {} if fusing is None else {"joint_custom_pre_pass": fusing}
+        return compile_fx(gm, inputs, config_patches=patches)
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    def run_graph(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if fusing is not None:
+            fusing(graph_module.graph)
+            graph_module.recompile()
+        return graph_module
+
+    backend = aot_autograd(
+        fw_compiler=run_graph,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    return backend(gm, inputs)
+
+
+def will_be_differentiated(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*tensors, *gm.parameters(), *gm.buffers())
+    )
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
+    """(reason, file, line) of the break that ended this graph, None if it ended by returning."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    text = reason.reason.strip().splitlines()[0] if reason.reason.strip() else "a graph break"
+    return (text, frame.filename, frame.lineno or 0) if frame else (text, "", 0)
+
+
+@contextlib.contextmanager
+def without_caches() -> Iterator[None]:
+    """Compilation from scratch: a warm cache would skip the pass."""
+    import torch._functorch.config as functorch_config
+
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield

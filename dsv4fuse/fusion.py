@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dsv4fuse import maps, trace, views
 from dsv4fuse.lower import Lowering
 from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
-from dsv4fuse.terms import Complex, Term
+from dsv4fuse.terms import Complex, Term, straight
 
 assert views.means  # importing views registers what they mean
 
@@ -149,6 +149,11 @@ class Scene:
             self.order[other] >= self.order[node] for other, _ in self.holders(node)
         )
 
+    def reshaped(self, node: fx.Node, base: fx.Node) -> bool:
+        """Does node hold base's elements in the same row-major order, as a reshape does?"""
+        whole = maps.reshape(straight(node), *(maps.sizes_of(n.meta["val"]) for n in (node, base)))
+        return whole is not None and self.low.read(base, whole) is self.low.term(node)
+
     def region(self, root: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
         """The nodes between leaves (left out) and root (included)."""
         stop, seen, stack = set(leaves), set(), [root]
@@ -226,7 +231,7 @@ def arrange(t: Tensor, bound: Bound, order: Order) -> Tensor:
         t = t.squeeze(axis)
         del rows[axis]
     present = [r for r in order if r is not None and r in rows]
-    t = t.permute(*(rows.index(r) for r in present), len(rows))
+    t = _permuted(t, [rows.index(r) for r in present])
     for axis, r in enumerate(order):
         if r is None or r not in rows:
             t = t.unsqueeze(axis)
@@ -239,11 +244,50 @@ def restore(t: Tensor, order: Order, rank: int) -> Tensor:
         t = t.squeeze(axis)
     held = [r for r in order if r is not None]
     axes = sorted(held)
-    t = t.permute(*(held.index(a) for a in axes), len(held))
+    t = _permuted(t, [held.index(a) for a in axes])
     for axis in range(rank - 1):
         if axis not in axes:
             t = t.unsqueeze(axis)
     return t
+
+
+def _permuted(t: Tensor, rows: list[int]) -> Tensor:
+    return t if rows == sorted(rows) else t.permute(*rows, len(rows))
+
+
+def head_order(x: Bound, cos: Bound, lone: str = "batch") -> Order | None:
+    """Which of the root's axes are (batch, sequence[, heads]): heads share a rotation.
+
+    Where batches share it too, an axis in front of the sequence is the batch and the next the
+    heads; ``lone`` says which a single one is. None when there are more axes than that.
+    """
+    turned = [r for r in cos.rows if r is not None]
+    places = {r: i for i, r in enumerate(x.rows) if r is not None}
+    shared = [r for r in places if r not in turned]
+    if any(r not in places for r in turned):
+        return None
+    first = min((places[t] for t in turned), default=-1)
+    batch = [r for r in shared if places[r] < first]
+    heads = [r for r in shared if r not in batch]
+    if len(batch) == 2 and not heads or len(batch) == 1 and not heads and lone == "heads":
+        heads = [batch.pop()]
+    tokens = [*batch, *turned]
+    if len(tokens) > 2 or len(heads) > 1:
+        return None
+    lead: Order = (None,) * (2 - len(tokens)) + tuple(sorted(tokens, key=lambda r: places[r]))
+    return (*lead, *heads)
+
+
+def undecided(fusion: str, hit: Hit) -> Candidate:
+    """A hit whose leading axes no kernel takes."""
+    return Candidate(
+        fusion,
+        hit.node,
+        tuple(b.node for b in hit.env.holes.values()),
+        lambda *_: (),
+        (hit.node,),
+        unsupported="Its leading axes are more than a batch, a sequence and heads.",
+    )
 
 
 def through(inner: Bound, outer: Bound) -> Bound:

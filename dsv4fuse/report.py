@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, get_args
 
+from torch.utils.weak import WeakIdKeyDictionary
+
 from dsv4fuse.options import Options
 
 Status = Literal["taken", "declined", "rejected", "near-miss"]
@@ -20,6 +22,9 @@ Status = Literal["taken", "declined", "rejected", "near-miss"]
 #: taken: replaced by the kernel. declined: matched, but left to Inductor for the reason given.
 #: rejected: matched, but the check on random inputs failed. near-miss: almost the pattern.
 STATUSES: tuple[Status, ...] = get_args(Status)
+
+# The reports of the graphs that a tensor is an input of; weak, so that models can go.
+_by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # Raise when the JSON changes shape; an older file is then read as "no report".
 _FORMAT = 1
@@ -93,6 +98,26 @@ class Report:
     graphs: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, model: Any) -> Report:
+        """The report of what was compiled of ``model``, a module or what torch.compile made of it.
+
+        It is found by the model's parameters and buffers, so it covers every graph that used one
+        of them; it is empty before the first call.
+        """
+        merged, seen = cls(), set[int]()
+        for tensor in (*model.parameters(), *model.buffers()):
+            for report in _by_tensor.get(tensor, []):
+                if id(report) not in seen:
+                    seen.add(id(report))
+                    merged += report
+        return merged
+
+    def belongs_to(self, tensors: Iterable[Any]) -> None:
+        """Make this report one that ``of`` finds for a model with any of these tensors."""
+        for tensor in tensors:
+            _by_tensor.setdefault(tensor, []).append(self)
 
     def counts(self) -> dict[str, int]:
         """How many sites of each fusion were taken; only fusions with at least one."""

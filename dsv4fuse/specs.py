@@ -45,9 +45,12 @@ def _rope(inverse: bool):  # noqa: ANN202
     def specs(node: fx.Node, root: Term) -> Iterator[Spec]:
         d = lanes(node)
         turned = root.args[-1] if root.op == "cat" else root
-        if d is None or turned.op != "lace" or len(turned.args) != 4:
+        last = node.meta["val"].dim() - 1
+        if d is None or turned.op != "lace" or len(turned.args) != 4 or turned.args[0] != last:
             return
         half = turned.args[1]
+        if 2 * half != (root.args[1][-1] if root.op == "cat" else d):
+            return
         x = node.meta["val"].dtype
         for rounding, table in (("once", F32), ("every", x)):
             wide = rounding == "once"
@@ -98,18 +101,22 @@ def quant_arguments(group: int) -> Iterator[tuple[tuple[str, ...], Arguments]]:
 
 
 def _codes(node: fx.Node, root: Term) -> Iterator[Spec]:
-    width = lanes(node)
-    if width is None or root.op != "cast" or node.meta["val"].dtype != atoms.FP8:
-        return
+    shape = node.meta["val"].shape
     group = group_of(root)
-    if group is None or width % group:
+    if node.meta["val"].dtype != atoms.FP8 or root.op != "cast" or group is None:
         return
-    for names, fixed in quant_arguments(group):
-        for by in ("div", "mul"):
-            for saturate in (True, False):
-                for x in (*NARROW, F32):
-                    arguments = (*fixed, ("by", by), ("saturate", saturate))
-                    yield Spec(((Hole("x", (ROWS, width)), x),), names, arguments)
+    layouts = [(lanes(node), False)]
+    if len(shape) > 1 and shape[-1] == group and isinstance(shape[-2], int):
+        layouts.insert(0, (shape[-2] * group, True))
+    for width, blocked in layouts:
+        if width is None or width % group:
+            continue
+        for names, fixed in quant_arguments(group):
+            for by in ("div", "mul"):
+                for saturate in (True, False):
+                    for x in (*NARROW, F32):
+                        tail = (("by", by), ("saturate", saturate), ("blocked", blocked))
+                        yield Spec(((Hole("x", (ROWS, width)), x),), names, (*fixed, *tail))
 
 
 def _scales(node: fx.Node, root: Term) -> Iterator[Spec]:
@@ -143,8 +150,9 @@ def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
                 yield Spec(hole, names, arguments)
 
 
-def _codes_of(x: Tensor, **quant: object) -> Tensor:
-    return atoms.group_quant(x, **quant)[0]  # type: ignore[arg-type]
+def _codes_of(x: Tensor, *, group: int, blocked: bool, **quant: object) -> Tensor:
+    codes = atoms.group_quant(x, group=group, **quant)[0]  # type: ignore[arg-type]
+    return codes.unflatten(-1, (-1, group)) if blocked else codes
 
 
 def _scales_of(x: Tensor, *, group: int, keepdim: bool, **quant: object) -> Tensor:

@@ -78,12 +78,12 @@ def _read(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | Non
     if node.target is aten.index_copy.default:
         target, axis, index, value = node.args
         axis %= len(whole) + 1
-        if target is not base or axis == len(whole):
+        if not _alike(target, base) or axis == len(whole):
             return None
         places = list(whole)
         places[axis] = Place(index=index, axes=(axis,))
         return tuple(places), value
-    if node.target is aten.copy.default and node.args[0] is base:
+    if node.target is aten.copy.default and _alike(node.args[0], base):
         return whole, node.args[1]
     if node.target is aten.slice_scatter.default:
         return _slice(node, base, whole)
@@ -95,7 +95,7 @@ def _read(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | Non
 def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
     target, indices, value = node.args[:3]
     accumulate = argument(node, 3, "accumulate", False)
-    if target is not base or accumulate or len(indices) > len(shape_of(base)) - 1:
+    if not _alike(target, base) or accumulate or len(indices) > len(shape_of(base)) - 1:
         return None
     indices = [*indices, *[None] * (len(shape_of(base)) - 1 - len(indices))]
     held = [k for k, i in enumerate(indices) if i is not None]
@@ -126,7 +126,7 @@ def _slice(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | No
     axis = argument(node, 2, "dim", 0) % (len(whole) + 1)
     start, _, step = slice_range(node, 2, shape_of(base)[axis])
     given = argument(node, 3, "start", None)
-    if target is not base or step != 1 or axis == len(whole):
+    if not _alike(target, base) or step != 1 or axis == len(whole):
         return None
     inner = _viewed(source, base, aten.slice.Tensor)
     places, value = (inner and _read(source, inner, whole)) or (whole, source)
@@ -140,7 +140,7 @@ def _slice(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | No
 def _select(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
     target, source, axis, at = node.args
     axis %= len(whole) + 1
-    if target is not base or axis == len(whole):
+    if not _alike(target, base) or axis == len(whole):
         return None
     length = shape_of(base)[axis]
     if isinstance(at, int) and at < 0 and isinstance(length, int):
@@ -154,6 +154,19 @@ def _select(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | N
 def _viewed(source: fx.Node, base: fx.Node, view: object) -> fx.Node | None:
     """The view of base that source is a new version of."""
     inner = source.args[0] if source.args and isinstance(source.args[0], fx.Node) else None
-    if inner is not None and inner.target is view and inner.args[0] is base:
+    if inner is not None and inner.target is view and _alike(inner.args[0], base):
         return inner
     return None
+
+
+def _alike(a: object, b: object) -> bool:
+    """The same node, or two nodes that view the same in the same way."""
+    if a is b:
+        return True
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a.op != "call_function":
+        return False
+    same = a.target is b.target and len(a.args) == len(b.args) and a.kwargs == b.kwargs
+    return same and all(
+        _alike(x, y) if isinstance(x, fx.Node) else x == y
+        for x, y in zip(a.args, b.args, strict=True)
+    )

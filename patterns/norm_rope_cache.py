@@ -16,10 +16,24 @@ import torch
 from torch import Tensor, fx
 
 from dsv4fuse import maps
-from dsv4fuse.fusion import Candidate, Fusion, Hit, Order, Scene, arrange, restore, through
+from dsv4fuse.chains import divides_by_product
+from dsv4fuse.fusion import (
+    Candidate,
+    Fusion,
+    Hit,
+    Order,
+    Scene,
+    arrange,
+    head_order,
+    restore,
+    through,
+    undecided,
+)
 from dsv4fuse.match import Bound
 from dsv4fuse.specs import QUANT_LEAD, RMS_NORM, ROPE
 from dsv4fuse.writes import Place, Write, written
+
+NAME = "norm_rope_cache"
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,12 @@ class Leg:
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph, q and kv that share a rotation paired."""
     quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)}
-    legs = [leg for rope in scene.outermost(ROPE) if (leg := _leg(scene, rope, quants))]
-    legs = [_written(scene, leg, list(written(scene.graph))) for leg in legs]
-    candidates, left = [], list(legs)
+    ropes = scene.outermost(ROPE)
+    found = [_leg(scene, rope, quants) for rope in ropes]
+    writes = list(written(scene.graph))
+    legs = [_written(scene, leg, writes) for leg in found if leg]
+    candidates = [undecided(NAME, r) for r, leg in zip(ropes, found, strict=True) if leg is None]
+    left = list(legs)
     for q in [leg for leg in legs if leg.heads]:
         kv = next((k for k in left if not k.heads and _together(scene, q, k)), None)
         left = [leg for leg in left if leg is not q and leg is not kv]
@@ -67,26 +84,10 @@ def _leg(scene: Scene, rope: Hit, quants: dict[fx.Node, Hit]) -> Leg | None:
     if quant is not None:
         root = quant.node
         x, cos, sin = (through(b, quant.x) for b in (x, cos, sin))
-    order = _order(x, cos)
+    order = head_order(x, cos)
     if order is not None and len(order) == 3 and quant is not None:  # only kv rows are quantised
         return _leg(scene, rope, {})
     return None if order is None else Leg(root, x, cos, sin, rope, norm, quant, order)
-
-
-def _order(x: Bound, cos: Bound) -> Order | None:
-    """Which of the root's axes are batch, sequence and heads: heads share a rotation."""
-    turned = [r for r in cos.rows if r is not None]
-    shared = [r for r in x.rows if r is not None and r not in turned]
-    if any(r not in x.rows for r in turned) or len(set(x.rows)) < len(x.rows) - x.rows.count(None):
-        return None
-    places = {r: i for i, r in enumerate(x.rows) if r is not None}
-    batch = [r for r in shared if turned and places[r] < min(places[t] for t in turned)]
-    heads = [r for r in shared if r not in batch]
-    tokens = [*batch, *turned]
-    if len(tokens) > 2 or len(heads) > 1:
-        return None
-    lead: Order = (None,) * (2 - len(tokens)) + tuple(sorted(tokens, key=lambda r: places[r]))
-    return (*lead, *heads)
 
 
 def _written(scene: Scene, leg: Leg, writes: list[Write]) -> Leg:
@@ -166,25 +167,17 @@ def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Ca
         return _call(q, kv, given, numerics, keep)
 
     return Candidate(
-        "norm_rope_cache",
+        NAME,
         legs[0].root,
         inputs,
         call,
         tuple(leg.root for leg in legs if leg is not kv or keep),
         (write.cache,) if write else (),
         (write.node,) if write else (),
-        unsupported=_unsupported(kv),
+        unsupported=divides_by_product(kv.quant.arguments) if kv and kv.quant else None,
         loose=frozenset().union(*(leg.loose for leg in legs)),
         detail=_detail(q, kv),
     )
-
-
-def _unsupported(kv: Leg | None) -> str | None:
-    if kv is not None and kv.quant is not None:
-        a = kv.quant.arguments
-        if a["by"] == "mul" and a["scale"] != "pow2":
-            return "The kernel divides by the scale; this multiplies by its rounded reciprocal."
-    return None
 
 
 def _bounds(leg: Leg) -> list[tuple[str, Bound]]:
@@ -288,4 +281,4 @@ def _place_arguments(kv: Leg, given: dict[str, Tensor], tokens: torch.Size) -> d
     return out
 
 
-FUSION = Fusion("norm_rope_cache", find, (QUANT_LEAD, ROPE, RMS_NORM))
+FUSION = Fusion(NAME, find, (QUANT_LEAD, ROPE, RMS_NORM))

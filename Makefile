@@ -1,0 +1,56 @@
+# Every target does its own set-up: all it needs is Python >= 3.10 and make. The environment
+# lies in .venv, is pinned by constraints.txt, and is made anew when that or pyproject.toml changes.
+
+# The newest plain "python3" may be too old while a newer one has a name of its own.
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; done)
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: help setup demo test test-long lint doctor clean
+
+help:
+	@echo "make demo       run examples/quickstart.py and show what was fused"
+	@echo "make test       run the tests (two processes; WORKERS=n for more)"
+	@echo "make test-long  run the tests with the long hypothesis profile"
+	@echo "make lint       ruff and mypy"
+	@echo "make doctor     what this machine can run, and why not the rest"
+	@echo "make clean      remove .venv and all caches"
+
+setup: $(STAMP)
+
+# No prerequisites: the name holds their hash, and a fresh checkout changes their times only.
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 was found. Install one, or give its path: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON) (this downloads torch once)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { echo "venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@# setuptools first and from the constraints, so that the build below is pinned as well.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e ".[examples,test,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	@HYPOTHESIS_PROFILE=long $(PYTEST) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/mypy && echo "lint: no complaints"
+
+doctor: $(STAMP)
+	@$(BIN)/python -m dsv4fuse doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

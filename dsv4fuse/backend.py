@@ -1,0 +1,201 @@
+"""The ways in: a torch.compile backend, a decorator, a pass for one's own Inductor configuration,
+and ``explain``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from dsv4fuse import cache, compat, pipeline
+from dsv4fuse.fusion import registry
+from dsv4fuse.options import Options, disabled
+from dsv4fuse.report import Break, FusionError, Report
+
+log = logging.getLogger("dsv4fuse")
+Target = TypeVar("Target", bound=Callable[..., Any])
+OptionsLike = Mapping[str, Any] | Options | None
+
+
+class FusionPass(CustomGraphPass):
+    """The pass as Inductor runs it, after whatever pass was configured there before.
+
+    ``report`` collects what this pass did; it stays empty when Inductor's cache was warm.
+    """
+
+    def __init__(self, options: Options, before: Sequence[Any] = ()) -> None:
+        self.options, self.before, self.report = options, tuple(before), Report()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for earlier in self.before:
+            earlier(graph)
+        self.report += pipeline.run(graph, self.options)
+
+    def uuid(self) -> Any:
+        """None (no caching) if an earlier pass has no identity of its own."""
+        identities = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
+        if any(identity is None for identity in identities):
+            return None
+        return cache.pass_uuid(self.options, [str(i) for i in identities])
+
+
+def parse(options: OptionsLike) -> Options:
+    return Options.parse(options, registry())
+
+
+def inductor_pass(options: OptionsLike = None) -> FusionPass:
+    """The pass for one's own ``config_patches={"joint_custom_pre_pass": ...}``.
+
+    It runs after the pass configured there now, if any. ``.report`` says what it did.
+    """
+    return FusionPass(parse(options), compat.configured_passes())
+
+
+def dsv4fuse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: OptionsLike = None,
+    **unused: Any,
+) -> Callable[..., Any]:
+    """The backend: ``torch.compile(model, backend="dsv4fuse", options={...})``.
+
+    Raises OptionError for an unknown or ill-typed option, FusionError where ``expect`` or
+    ``strict`` is not met.
+    """
+    parsed = parse(options)
+    if disabled():
+        return compat.compile_inner(gm, example_inputs, None, parsed.inner)
+    differentiated = compat.will_be_differentiated(gm, example_inputs)
+    if differentiated:
+        report = Report(graphs=1, notes=[_TRAINING])
+        compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner)
+    else:
+        fusing = FusionPass(parsed, compat.configured_passes())
+        key = _key(gm, example_inputs, fusing)
+        compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner)
+        report = _recorded(fusing, key)
+        for site in report.with_status("rejected", "near-miss"):
+            log.warning("%s at %s: %s", site.fusion, site.where, site.reason)
+    broken = compat.graph_break(gm)
+    if broken is not None:
+        report.breaks.append(Break(*broken))
+    _remember(gm, example_inputs, report)
+    if _collecting:
+        _collecting[-1].__iadd__(report)
+    else:
+        report.check(parsed)
+    return compiled
+
+
+_TRAINING = (
+    "A graph whose gradient is wanted was passed on untouched: the fused kernels have no backward."
+    " Call the model under torch.no_grad() or torch.inference_mode()."
+)
+_collecting: list[Report] = []
+
+
+def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str | None:
+    """What the report of a graph is kept under; None when the pass has no identity."""
+    identity = fusing.uuid()
+    if identity is None:
+        return None
+    digest = hashlib.sha256(str(identity).encode())
+    digest.update(gm.print_readable(print_output=False).encode())
+    for x in inputs:
+        if isinstance(x, torch.Tensor):
+            x = (tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
+        digest.update(str(x).encode())
+    return digest.hexdigest()
+
+
+def _recorded(fusing: FusionPass, key: str | None) -> Report:
+    """The report of the pass, or the one of the process that filled Inductor's cache."""
+    if fusing.report.graphs:
+        if key is not None:
+            cache.save_report(key, fusing.report)
+        return fusing.report
+    stored = cache.load_report(key) if key is not None else None
+    if stored is None:
+        return Report(notes=["Inductor's cache was warm and no report was kept beside it."])
+    stored.notes.append("Read back from beside Inductor's cache, which was warm.")
+    return stored
+
+
+def _remember(gm: fx.GraphModule, inputs: Sequence[Any], report: Report) -> None:
+    """So that ``Report.of(model)`` finds it by the model's own tensors."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    report.belongs_to([*tensors, *gm.parameters(), *gm.buffers()])
+
+
+@overload
+def fuse(target: Target, /, **options: Any) -> Target: ...
+@overload
+def fuse(target: None = None, /, **options: Any) -> Callable[[Target], Target]: ...
+def fuse(target: Any = None, /, **options: Any) -> Any:
+    """Compile a module class, an instance or a function with this backend; a decorator too.
+
+    ``@fuse`` and ``@fuse(select="always")`` on an ``nn.Module`` class compile each instance made
+    from it; on an instance or a function, ``fuse(m)`` returns the compiled thing and leaves ``m``
+    as it was. ``dynamic``, ``fullgraph`` and ``mode`` go to torch.compile, the rest are the
+    backend's options. ``Report.of(m)`` is the report once it has run.
+    """
+    if target is None:
+        return lambda wanted: fuse(wanted, **options)
+    passed = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
+    parsed = parse(options)
+
+    def compiled(fn: Any) -> Any:
+        return torch.compile(fn, backend=dsv4fuse, options=parsed.to_dict(), **passed)
+
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise TypeError("dsv4fuse.fuse takes an nn.Module class, a module or a function.")
+        made = target.__init__
+
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            if type(self) is target:
+                self.forward = compiled(self.forward)  # type: ignore[method-assign]
+
+        target.__init__ = __init__  # type: ignore[assignment]
+        return target
+    if not callable(target):
+        raise TypeError("dsv4fuse.fuse takes an nn.Module class, a module or a function.")
+    return compiled(target)
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, options: OptionsLike = None, **kwargs: Any
+) -> Report:
+    """What would be fused in ``model(*args, **kwargs)``, what not, and why; graph breaks too.
+
+    Compiles from scratch with ``inner="eager"`` (unless ``options`` say otherwise) and runs the
+    model once, without gradients. Raises FusionError (with the report) where ``expect`` or
+    ``strict`` is not met.
+    """
+    given = options.to_dict() if isinstance(options, Options) else dict(options or {})
+    parsed = parse({"inner": "eager"} | given)
+    report = Report()
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return dsv4fuse(gm, inputs, options=parsed)
+
+    _collecting.append(report)
+    try:
+        with torch.no_grad(), compat.without_caches():
+            torch.compile(model, backend=backend)(*args, **kwargs)
+    finally:
+        _collecting.pop()
+    try:
+        report.check(parsed)
+    except FusionError as error:
+        raise FusionError(str(error), report) from None
+    return report
+
+

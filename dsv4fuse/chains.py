@@ -1,0 +1,80 @@
+"""What several fusions end in: a value quantised to fp8 in groups, its codes and its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from dsv4fuse.fusion import Hit, Scene
+from dsv4fuse.match import Bound
+from dsv4fuse.specs import CODES, SCALES
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Codes and scales of one value; ``x`` is that value with its axes named by the codes'."""
+
+    codes: Hit
+    scales: tuple[Hit, ...]  # those that somebody reads
+
+    @property
+    def x(self) -> Bound:
+        return self.codes.x
+
+    @property
+    def loose(self) -> frozenset[str]:
+        return self.codes.env.loose
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        return (self.codes.node, *(s.node for s in self.scales))
+
+    def shaped(self, codes: Tensor, scales: Tensor, shape: list[int]) -> tuple[Tensor, ...]:
+        """A kernel's codes and scales as ``outputs`` hold them; ``shape`` is the value's own."""
+        *lead, width = shape
+        group = self.arguments["group"]
+        blocks = [*lead, width // group]
+        layout = [*blocks, group] if self.codes.arguments["blocked"] else shape
+        kept = ([*blocks, 1] if s.arguments["keepdim"] else blocks for s in self.scales)
+        return (codes.view(layout), *(scales.view(k) for k in kept))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """group, floor, scale and via, as the fused ops take them."""
+        a = self.codes.arguments
+        floor = self.codes.env.scalars.get("floor", 0.0)
+        return {"group": a["group"], "floor": floor, "scale": a["scale"], "via": a["via"]}
+
+    @property
+    def unsupported(self) -> str | None:
+        return divides_by_product(self.codes.arguments)
+
+
+def divides_by_product(arguments: Mapping[str, object]) -> str | None:
+    """The one spelling of a quantiser that no kernel here computes."""
+    if arguments["by"] == "mul" and arguments["scale"] != "pow2":
+        return "The kernel divides by the scale; this multiplies by its rounded reciprocal."
+    return None
+
+
+def quantised(scene: Scene) -> list[Quantised]:
+    """Every value that a graph quantises in groups."""
+    return [Quantised(codes, tuple(_scales(scene, codes))) for codes in scene.outermost(CODES)]
+
+
+def _scales(scene: Scene, codes: Hit) -> list[Hit]:
+    region = scene.region(codes.node, [codes.x.node])
+    alike = ("group", "scale", "via")
+    found = []
+    for node in scene.nodes:
+        outside = [u for u in node.users if u not in region]
+        hit = scene.hit(SCALES, node) if outside and scene.first(node) else None
+        if hit is None or hit.env.scalars != codes.env.scalars:
+            continue
+        same = all(hit.arguments[k] == codes.arguments[k] for k in alike)
+        if same and hit.x.node is codes.x.node:
+            found.append(hit)
+    return found

@@ -1,0 +1,309 @@
+"""What the kernels share: exact rounding, NaN-keeping minima, block scales, launch choice.
+
+Rounding facts the helpers encode (each is compared with eager, bit by bit, in the tests):
+
+* eager PyTorch rounds every product before it adds; Triton contracts ``a*b + c*d`` to an FMA.
+* ``tensor / python_float`` on CUDA is a product with the fp32 reciprocal, on a CPU a division.
+* ``tensor / tensor`` and silu's ``x / (1 + exp(-x))`` are IEEE divisions; Triton's ``/`` is not.
+* ``torch.clamp`` and ``amax`` keep NaN; Triton's minimum, maximum and max drop it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRET = tl.constexpr(INTERPRETED)  # inside kernels: no inline assembly, no libdevice
+FP8 = torch.float8_e4m3fn
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+NORMS = {"none": 0, "once": 1, "rstd": 2, "weight": 3, "every": 4}
+SCALES = {"fp32": 0, "pow2": 1, "e8m0": 2}
+
+
+# --------------------------------------------------------------------------- device side
+@triton.jit
+def mul_rn(a, b):
+    """The fp32 product, rounded: never contracted into an FMA with a later sum."""
+    if INTERPRET:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 → dtype, nearest even. Two at a time: the single conversion runs at a quarter rate."""
+    if INTERPRET:
+        return x.to(dtype)
+    else:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True,
+                pack=2,
+            )  # fmt: skip
+        elif dtype == tl.float16:
+            return tl.inline_asm_elementwise(
+                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True,
+                pack=2,
+            )  # fmt: skip
+        else:
+            return x.to(dtype)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """fp32 → dtype → fp32; free for fp32."""
+    if INTERPRET or dtype != tl.bfloat16:
+        return narrow(x, dtype).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; "
+            "shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def round_few(x, dtype: tl.constexpr):
+    """The same for a scalar or one value per row, which may not come in pairs."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def min_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rsqrt(x):
+    if INTERPRET:
+        return 1.0 / tl.sqrt_rn(x)
+    else:
+        return libdevice.rsqrt(x)
+
+
+@triton.jit
+def _silu_rn(x):
+    return tl.div_rn(x, 1.0 + libdevice.exp(-x))
+
+
+@triton.jit
+def _silu_newton(x):
+    """The same for x in [-87, inf): a quotient without the range checks of a full division."""
+    d = 1.0 + libdevice.exp(-x)
+    r = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+    )
+    q = x * r
+    return tl.fma(-tl.fma(q, d, -x), r, q)  # this order keeps the sign of a zero
+
+
+@triton.jit
+def silu(x, MODE: tl.constexpr):
+    """``x / (1 + exp(-x))``. MODE 0: fast, 1e-6 relative. 1: the bits of ATen, x fp32.
+
+    2: the bits of ATen where x came from 16 bits (all 2^16 are tested): a tile with a value
+    below -87, or infinite, takes the full division, any other one correction of x * rcp(d).
+    """
+    if INTERPRET:
+        return x / (1.0 + tl.exp(-x))
+    elif MODE == 0:
+        return x / (1.0 + tl.exp(-x))
+    elif MODE == 1:
+        return _silu_rn(x)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == float("inf"), 0xFFFFFFFF, bits)
+        y = x
+        if tl.max(bits, axis=None) > 0xC2AE0000:
+            y = _silu_rn(x)
+        else:
+            y = _silu_newton(x)
+        return y
+
+
+@triton.jit
+def abs_max(x, axis: tl.constexpr):
+    """max |x| along axis, NaN if any is NaN: as integers, fp32 order and NaN sorts above inf."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.constexpr):
+    """``max(amax, floor) / 448``, rounded up to a power of two by ceil(log2) if POW2.
+
+    On CUDA eager divides by a Python scalar through its fp32 reciprocal, so both vias agree.
+    """
+    amax = max_nan(amax, FLOOR)
+    if INTERPRET:
+        raw = amax * (1.0 / 448.0) if VIA_MUL else amax / 448.0
+    else:
+        raw = amax * (1.0 / 448.0)
+    if POW2:
+        # not a bit trick: within an ulp above 2^k log2f rounds to k, and eager keeps 2^k
+        if INTERPRET:
+            return tl.exp2(tl.ceil(tl.log2(raw)))
+        else:
+            return libdevice.exp2(tl.ceil(libdevice.log2(raw)))
+    else:
+        return raw
+
+
+@triton.jit
+def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
+    """IEEE ``x / s`` for a block x and its scale s (already broadcastable against x).
+
+    A power of two has an exact reciprocal. Otherwise one reciprocal per block and Markstein's
+    two corrections give the correctly rounded quotient for 5 instructions instead of about 12.
+    TINY (floor < 1e-30) may underflow in between, and takes the full division.
+    """
+    if POW2:
+        return x * tl.div_rn(1.0, s)
+    else:
+        if INTERPRET or TINY:
+            x, s = tl.broadcast(x, s)
+            return tl.div_rn(x, s)
+        else:
+            r = tl.div_rn(1.0, s)
+            s = tl.where(s == float("inf"), 1.0, s)  # then r = 0: finite / inf 0, inf / inf NaN
+            q = x * r
+            q = tl.fma(-tl.fma(q, s, -x), r, q)  # this order keeps the sign of a zero
+            return tl.fma(-tl.fma(q, s, -x), r, q)
+
+
+@triton.jit
+def scale_byte(s):
+    """The e8m0 byte of a power of two: its biased fp32 exponent (NaN and inf give 255)."""
+    return ((s.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def rotate(even, odd, cos, sin, inside, EVERY: tl.constexpr, EXACT: tl.constexpr,
+           dtype: tl.constexpr):  # fmt: skip
+    """Rotated pairs where ``inside``, the untouched ones elsewhere (±0, inf, NaN kept)."""
+    if EVERY:
+        ec, os_ = round_to(mul_rn(even, cos), dtype), round_to(mul_rn(odd, sin), dtype)
+        oc, es = round_to(mul_rn(odd, cos), dtype), round_to(mul_rn(even, sin), dtype)
+    else:
+        if EXACT:
+            ec, os_ = mul_rn(even, cos), mul_rn(odd, sin)
+            oc, es = mul_rn(odd, cos), mul_rn(even, sin)
+        else:
+            ec, os_ = even * cos, odd * sin
+            oc, es = odd * cos, even * sin
+    return tl.where(inside, ec - os_, even), tl.where(inside, oc + es, odd)
+
+
+@triton.jit
+def batch_and_position(token, length, FLAT: tl.constexpr):
+    """(b, s) of a flat token index, int64. FLAT: 1 = one batch row, 2 = one position, 0 = both."""
+    if FLAT == 1:
+        b, s = token * 0, token
+    elif FLAT == 2:
+        b, s = token, token * 0
+    else:
+        b, s = token // length, token % length
+    return b.to(tl.int64), s.to(tl.int64)
+
+
+# ----------------------------------------------------------------------------- host side
+@dataclass(frozen=True)
+class Config:
+    """A launch shape: rows (or tokens) per program, warps, columns per program where it tiles."""
+
+    rows: int
+    warps: int
+    columns: int = 0
+
+
+def size_hint(value: int | torch.SymInt, default: int = 1024) -> int:
+    """A likely value of a size, for choosing a launch only: never installs a guard."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    node = value.node
+    known = getattr(node, "_hint", None)
+    if isinstance(known, int):
+        return known
+    env = node.shape_env
+    for name, extra in (("optimization_hint", {"fallback": default}), ("size_hint", {})):
+        try:
+            return int(getattr(env, name)(node.expr, **extra))
+        except Exception:  # an unbacked size, or a torch without this method
+            continue
+    return default
+
+
+def launch_config(
+    table: Sequence[tuple[int | None, Config]], tokens: int | torch.SymInt
+) -> Config:
+    """The first entry whose bound is not below the token count (None bounds nothing)."""
+    count = size_hint(tokens)
+    return next(config for bound, config in table if bound is None or count <= bound)
+
+
+def flat_mode(batch: int | torch.SymInt, length: int | torch.SymInt) -> int:
+    """Which of the two token axes is known to be 1, without asking a symbol."""
+    if not isinstance(batch, torch.SymInt) and batch == 1:
+        return 1
+    return 2 if not isinstance(length, torch.SymInt) and length == 1 else 0
+
+
+def align4(tokens: int | torch.SymInt) -> int | torch.SymInt:
+    return (tokens + 3) // 4 * 4
+
+
+def cdiv(a: int | torch.SymInt, b: int) -> int | torch.SymInt:
+    return (a + b - 1) // b
+
+
+def use_reference(x: Tensor) -> bool:
+    """Plain PyTorch on a CPU, unless the kernels are interpreted."""
+    return x.device.type == "cpu" and not INTERPRETED
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def require_static(**sizes: int | torch.SymInt) -> None:
+    """Sizes that are compiled into a kernel; only token counts may be symbolic."""
+    for name, size in sizes.items():
+        require(not isinstance(size, torch.SymInt), f"{name} must be a fixed size, not symbolic")
+
+
+def require_fp8(device: torch.device) -> None:
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        require(
+            found >= (8, 9),
+            f"fp8 e4m3 conversions need compute capability 8.9, this GPU has {found}",
+        )
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of the elements; an expanded axis (stride 0) counts once."""
+    total = 0
+    for t in tensors:
+        if t is not None:
+            count = 1
+            for size, stride in zip(t.shape, t.stride(), strict=True):
+                count *= 1 if stride == 0 and size > 1 else size
+            total += count * t.element_size()
+    return total

@@ -1,0 +1,71 @@
+"""clamp → silu → mul [→ routing weight] [→ fp8 group quant].
+
+Scope: gate and up ``[.., I]`` as two tensors or slices of a packed one (halves, interleaved), any
+limit or none, a weight per row ``[.., 1]``; the product alone, or as e4m3 codes and scales of
+groups along I. Seed: ATOM's expert activation; DeepSeek's reference; transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse.chains import Quantised, quantised
+from dsv4fuse.fusion import Candidate, Fusion, Hit, Scene, arrange
+from dsv4fuse.specs import CODES, SCALES, SWIGLU
+
+
+def find(scene: Scene, numerics: str) -> list[Candidate]:
+    """Every place of this fusion in a graph."""
+    products = scene.outermost(SWIGLU)
+    quants = {q.x.node: q for q in quantised(scene)} if products else {}
+    return [_candidate(hit, quants.get(hit.node), numerics) for hit in products]
+
+
+def _candidate(hit: Hit, quant: Quantised | None, numerics: str) -> Candidate:
+    bounds = {n: b for n, b in hit.env.holes.items() if n in ("gate", "up", "weight")}
+    nodes = [b.node for b in bounds.values()]
+    inputs = tuple(dict.fromkeys(nodes))
+    seat = {name: inputs.index(b.node) for name, b in bounds.items()}
+    rank = hit.node.meta["val"].dim()
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        order = tuple(range(rank - 1))
+        rows = {n: arrange(tensors[i], bounds[n], order) for n, i in seat.items()}
+        return _call(hit, quant, rows, numerics)
+
+    outputs: tuple[fx.Node, ...] = (hit.node,)
+    if quant is not None:
+        outputs = quant.outputs
+    steps = ["clamp" if "limit" in hit.env.scalars else "", f"swiglu ({hit.arguments['rounding']})"]
+    steps += ["routing weight" * ("weight" in bounds), "fp8 quant" * (quant is not None)]
+    return Candidate(
+        "clamp_swiglu_quant",
+        outputs[0],
+        inputs,
+        call,
+        outputs,
+        unsupported=quant.unsupported if quant else None,
+        loose=hit.env.loose | (quant.loose if quant else frozenset()),
+        detail={"parts": " → ".join(s for s in steps if s)},
+    )
+
+
+def _call(
+    hit: Hit, quant: Quantised | None, rows: dict[str, Tensor], numerics: str
+) -> tuple[Tensor, ...]:
+    *lead, width = torch.broadcast_shapes(rows["gate"].shape, rows["up"].shape)
+    flat = [t if t is None else t.expand(*lead, -1).flatten(0, -2)
+            for t in (rows["gate"], rows["up"], rows.get("weight"))]  # fmt: skip
+    arguments = {
+        "limit": hit.env.scalars.get("limit"),
+        "rounding": hit.arguments["rounding"],
+        "precise": numerics == "precise",
+    }
+    if quant is None:
+        return (torch.ops.dsv4fuse.clamp_swiglu(*flat, **arguments).view(*lead, width),)
+    codes, scales = torch.ops.dsv4fuse.clamp_swiglu_quant(*flat, **arguments, **quant.arguments)
+    return quant.shaped(codes, scales, [*lead, width])
+
+
+FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES))

@@ -1,0 +1,207 @@
+"""The identity of the pass, and the report store: nothing that goes wrong there may surface."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dsv4fuse import cache
+from dsv4fuse.options import Options
+from dsv4fuse.report import Report, Site
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(cache, "_warned", set())
+    return tmp_path / "inductor" / "dsv4fuse"
+
+
+def report(n: int = 1) -> Report:
+    return Report([Site("f", "taken", f"layers.{i}", "m.py", i) for i in range(n)], graphs=1)
+
+
+def test_store_lies_in_the_inductor_cache(store):
+    cache.save_report("a" * 32, report())
+    assert [p.name for p in store.iterdir()] == ["a" * 32 + ".json"]
+    assert cache.load_report("a" * 32) == report()
+    assert cache.load_report("b" * 32) is None
+
+
+@pytest.mark.parametrize("key", ["../../escape", "x/y", "", "é" * 500, "A", "a"])
+def test_any_key_is_a_safe_file_name(store, key):
+    cache.save_report(key, report(3))
+    assert cache.load_report(key) == report(3)
+    assert {p.parent for p in store.rglob("*.json")} == {store}
+
+
+def test_a_second_save_replaces_the_first(store):
+    cache.save_report("k", report(1))
+    cache.save_report("k", report(2))
+    assert cache.load_report("k") == report(2)
+    assert len(list(store.iterdir())) == 1, "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 1}', b"[" * 100_000]
+)
+def test_damaged_files_are_none_and_warn_once(store, caplog, content):
+    cache.save_report("k", report())
+    next(store.iterdir()).write_bytes(content)
+    with caplog.at_level(logging.WARNING, "dsv4fuse"):
+        assert cache.load_report("k") is None
+        assert cache.load_report("k") is None
+    assert len(caplog.records) == 1
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path, caplog):
+    # A file where the folder should be: fails for root too, unlike missing write permission.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with caplog.at_level(logging.WARNING, "dsv4fuse"):
+        cache.save_report("k", report())
+        cache.save_report("k", report())
+        assert cache.load_report("k") is None
+    assert [r.message for r in caplog.records if "TORCHINDUCTOR_CACHE_DIR" in r.message]
+    assert len(caplog.records) <= 2, "one warning for saving, at most one for loading"
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes anywhere")
+def test_read_only_folder(store):
+    store.mkdir(parents=True)
+    store.chmod(0o500)
+    try:
+        cache.save_report("k", report())
+        assert cache.load_report("k") is None
+    finally:
+        store.chmod(0o700)
+
+
+def test_full_disk_leaves_the_old_report_and_no_rest(store, monkeypatch, caplog):
+    cache.save_report("k", report(1))
+    opened = os.fdopen
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "dsv4fuse"):
+        patch.setattr(cache.os, "fdopen", Full)
+        cache.save_report("k", report(2))
+    assert "No space left" in caplog.text
+    assert cache.load_report("k") == report(1)
+    assert len(list(store.iterdir())) == 1
+
+
+def _write_many(seed: int) -> None:
+    for n in range(30):
+        cache.save_report("k", report(1 + (seed + n) % 40))
+
+
+def test_a_reader_never_sees_a_part():
+    cache.save_report("k", report())
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    writers = [context.Process(target=_write_many, args=(seed,)) for seed in (0, 17)]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers) or reads == 0:
+        assert cache.load_report("k") is not None
+        reads += 1
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+
+
+def test_source_hash_is_the_same_in_another_process(checkout):
+    code = "from dsv4fuse.cache import source_hash; print(source_hash())"
+    env = os.environ | {"PYTHONPATH": str(checkout), "PYTHONHASHSEED": "7"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == cache.source_hash() and len(cache.source_hash()) == 64
+
+
+def test_source_hash_covers_all_three_packages(checkout):
+    names = dict(cache._sources())
+    for package, folder in [
+        ("dsv4fuse", "dsv4fuse"),
+        ("dsv4fuse.kernels", "kernels"),
+        ("dsv4fuse.patterns", "patterns"),
+    ]:
+        on_disk = {p.name for p in (checkout / folder).glob("*.py")}
+        assert on_disk == {
+            name.rpartition("/")[2]
+            for name in names
+            if name.rpartition("/")[0] == package and name.endswith(".py")
+        }
+
+
+def test_source_hash_changes_with_name_content_and_split(tmp_path, monkeypatch):
+    def digest(files: dict[str, str]) -> str:
+        found = []
+        for name, text in files.items():
+            path = tmp_path / name
+            path.write_text(text)
+            found.append((name, path))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_sources", lambda: found)
+            return cache.source_hash.__wrapped__()
+
+    variants = [
+        {"a.py": "x", "b.py": "y"},
+        {"a.py": "xy", "b.py": ""},
+        {"a.py": "x"},
+        {"c.py": "x"},
+        {"a.py": "x", "b.py": "z"},
+    ]
+    assert len({digest(v) for v in variants}) == len(variants)
+
+
+def test_uuid_follows_options_and_extra():
+    base = cache.pass_uuid(Options())
+    assert base == cache.pass_uuid(Options()) and len(base) == 64
+    extras = [None, "a", b"a", 1, 1.5, True, [1], (1, 2), {"a": 1}, {"a"}, {1: "a"}, {"1": "a"}]
+    options = [Options(strict=True), Options(numerics="precise"), Options(exclude=("a",))]
+    uuids = [cache.pass_uuid(Options(), e) for e in extras] + [cache.pass_uuid(o) for o in options]
+    assert len(set(uuids)) == len(uuids)
+    assert cache.pass_uuid(Options(), {"a": 1, "b": 2}) == cache.pass_uuid(
+        Options(), {"b": 2, "a": 1}
+    )
+
+
+def test_uuid_refuses_what_it_cannot_identify():
+    with pytest.raises(TypeError, match="type object"):
+        cache.pass_uuid(Options(), {"pass": object()})
+
+
+def test_uuid_follows_the_interpreter_switch_and_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    base = cache.pass_uuid(Options())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cache.pass_uuid(Options()) != base
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("torch.__version__", "2.99.0")
+    assert cache.pass_uuid(Options()) != base
+
+
+def test_the_file_is_json(store):
+    cache.save_report("k", report())
+    assert json.loads(next(store.iterdir()).read_text())["sites"][0]["fusion"] == "f"

@@ -1,0 +1,142 @@
+"""The kernels: interpreted on the CPU, compiled on a GPU, and as registered operators."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common as common
+from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
+from dsv4fuse.kernels import inv_rope_quant as inv
+from dsv4fuse.kernels import norm_rope_cache as rows
+
+CASES = pathlib.Path(__file__).parent / "kernel_cases.py"
+
+
+def _run_cases(interpret: bool) -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
+    env = dict(os.environ, TRITON_INTERPRET="1" if interpret else "0")
+    path = [str(CASES.parent), str(CASES.parent.parent), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_cases_interpreted():
+    _run_cases(interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cases_compiled():
+    _run_cases(interpret=False)
+
+
+def _samples(device: str) -> dict[str, tuple]:
+    """Per op: positional and keyword arguments of a small call."""
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+    q, kv, w = make(2, 3, 2, 128), make(2, 3, 128), make(128)
+    cos, sin = torch.randn(2, 3, 32, device=device), torch.randn(2, 3, 32, device=device)
+    norm = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="rstd", kv_norm="weight", rope_rounding="once")
+    slot = torch.tensor([[0, 5, -1], [3, 9, 2]], device=device)
+    gate, up = make(5, 256).chunk(2, -1)
+    clamp = dict(limit=10.0, rounding="silu")
+    return {
+        "norm_rope": ((q, kv, cos, sin, None, w), dict(norm, q_heads_first=True)),
+        "norm_rope_cache": (
+            (q, kv, cos, sin, None, w, make(7, 128), slot, None),
+            dict(norm, wrap=False, keep_kv=False, quant_group=64),
+        ),
+        "clamp_swiglu": ((gate, up, torch.randn(5, 1, device=device)), clamp),
+        "clamp_swiglu_quant": ((gate, up, None), dict(clamp, group=64, col_major=True)),
+        "inv_rope": ((q, cos, sin), dict(rope_rounding="every", heads_first=True)),
+        "inv_rope_quant": ((q, cos, sin), dict(groups=2, rope_rounding="once", col_major=True)),
+    }
+
+
+OPS = list(_samples("cpu"))
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+])]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, device):
+    args, kwargs = _samples(device)[name]
+    torch.library.opcheck(getattr(torch.ops.dsv4fuse, name).default, args, kwargs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_gives_dtype_shape_and_stride(name):
+    """Real and fake agree exactly, for absent inputs and both memory orders as well."""
+    op = getattr(torch.ops.dsv4fuse, name)
+    args, kwargs = _samples("cpu")[name]
+    real = op(*args, **kwargs)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fake = op(*fakes, **kwargs)
+    pair = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
+    for r, f in pair:
+        assert (r.dtype, r.shape, r.stride()) == (f.dtype, f.shape, f.stride())
+
+
+def test_a_launch_is_chosen_without_a_guard():
+    """Symbolic token counts choose by their hint; no guard, and any count stays correct."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env = ShapeEnv()
+    with torch._subclasses.FakeTensorMode(shape_env=env) as mode:
+        x = mode.from_tensor(torch.empty(300, 8), static_shapes=False)
+        guards = len(env.guards)
+        small, large = common.Config(1, 1), common.Config(2, 1)
+        table = ((64, small), (None, large))
+        assert common.launch_config(table, x.shape[0]) is large
+        assert common.launch_config(table, x.shape[0] * 3 // 50) is small
+        assert common.align4(x.shape[0] + 1) == 304
+        assert common.flat_mode(1, x.shape[0]) == 1 and common.flat_mode(2, x.shape[0]) == 0
+        assert len(env.guards) <= guards + 1  # align4(...) == 304 above is ours
+
+
+@pytest.mark.parametrize(
+    "columns, wanted, group, block",
+    [(2048, 1024, 128, 1024), (3072, 1024, 128, 1024), (1536, 1024, 128, 512), (96, 1024, 32, 32),
+     (2048, 64, 128, 128), (100, 256, 0, 128), (33, 1024, 0, 64), (4096, 256, 64, 256)],
+)  # fmt: skip
+def test_column_blocks_waste_no_lanes(columns, wanted, group, block):
+    assert swiglu.column_block(columns, wanted, group) == block
+
+
+def test_traffic_counts_every_byte_once():
+    q, kv = torch.empty(1, 4, 64, 512, dtype=torch.bfloat16), torch.empty(1, 4, 512).bfloat16()
+    cos = torch.empty(1, 1, 32).expand(1, 4, 32)
+    cache = torch.empty(8, 512).bfloat16()
+    q_bytes, kv_bytes, table = 4 * 64 * 1024, 4 * 1024, 32 * 4
+    assert rows.traffic(q, kv, cos, cos, cache=cache) == 2 * q_bytes + 3 * kv_bytes + 2 * table
+    assert inv.traffic(q, cos, cos, q.to(torch.float8_e4m3fn)) == q_bytes * 3 // 2 + 2 * table
+    gate = torch.empty(4, 256).bfloat16()
+    assert swiglu.traffic(gate, gate, None, gate) == 3 * 4 * 512
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda a: inv.inv_rope_quant(*a["inv_rope"][0], groups=2, group=96, rope_rounding="once"),
+         "the group must be 32, 64 or 128"),
+        (lambda a: rows.norm_rope(None, None, *a["inv_rope"][0][1:], None, None,
+                                  **{k: v for k, v in a["norm_rope"][1].items()}),
+         "needs q, kv or both"),
+        (lambda a: swiglu.clamp_swiglu(a["inv_rope"][0][0][0, 0], torch.ones(2, 128), None,
+                                       limit=1.0, rounding="once"),
+         "gate is torch.bfloat16, up is torch.float32"),
+    ],
+)  # fmt: skip
+def test_misuse_is_explained(call, sentence):
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        call(_samples("cpu"))
