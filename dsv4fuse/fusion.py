@@ -69,7 +69,8 @@ class Candidate:
 
     ``call(*inputs)`` gets one tensor per node of ``inputs`` and returns one tensor per node of
     ``outputs``, equal in shape, dtype and stride; it mutates, in place, each input in ``caches``
-    whose new version is the node at the same position in ``updates``.
+    whose new version is the node at the same position in ``updates``. ``places`` says of an
+    index input how many places it may name and the axis along which they differ (None: all).
     """
 
     fusion: str
@@ -79,6 +80,7 @@ class Candidate:
     outputs: tuple[fx.Node, ...]
     caches: tuple[fx.Node, ...] = ()
     updates: tuple[fx.Node, ...] = ()
+    places: Mapping[fx.Node, tuple[int | torch.SymInt, int | None]] = field(default_factory=dict)
     unsupported: str | None = None
     loose: frozenset[str] = frozenset()
     detail: Mapping[str, object] = field(default_factory=dict)

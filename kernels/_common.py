@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Parameter
 from triton.language.extra import libdevice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -273,8 +274,8 @@ def cdiv(a: int | torch.SymInt, b: int) -> int | torch.SymInt:
 
 
 def use_reference(x: Tensor) -> bool:
-    """Plain PyTorch on a CPU, unless the kernels are interpreted."""
-    return x.device.type == "cpu" and not INTERPRETED
+    """Plain PyTorch on a CPU; interpreted kernels only for real tensors, not while tracing."""
+    return x.device.type == "cpu" and not (INTERPRETED and type(x) in (Tensor, Parameter))
 
 
 def require(condition: bool, sentence: str) -> None:

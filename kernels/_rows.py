@@ -19,6 +19,13 @@ from ._common import (
 )
 
 
+# Values that follow the token count: specialising on 1 or on multiples of 16 would recompile.
+TOKEN_ARGUMENTS = (
+    "tokens", "length", "q_programs", "pages", "slots", "slot_start", "seq_start",
+    "slot_sb", "slot_ss", "seq_sb", "seq_ss",
+)  # fmt: skip
+
+
 @triton.jit
 def normed(x, w_ptr, col, in_row, D: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
             HAS_W: tl.constexpr, PRECISE: tl.constexpr, XD: tl.constexpr, OD: tl.constexpr):
@@ -80,7 +87,7 @@ def fake_quant(y, NOPE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     return tl.where((tl.arange(0, BLOCK) < NOPE)[None, :], wide, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def norm_rope_kernel(
     q_ptr, q_out_ptr, q_w_ptr, kv_ptr, kv_out_ptr, kv_w_ptr, cos_ptr, sin_ptr,
     cache_ptr, slot_ptr, seq_ptr, tokens, length, q_programs,

@@ -75,7 +75,7 @@ def _swiglu(g, u, w, LIMIT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_W: tl.con
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "padded", "s_sg"))  # they follow the count
 def clamp_swiglu_kernel(
     gate_ptr, up_ptr, w_ptr, out_ptr, scale_ptr, tokens, padded,
     g_st, g_si, u_st, u_si, w_st, s_st, s_sg,

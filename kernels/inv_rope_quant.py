@@ -70,7 +70,8 @@ def _rotated(x, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE: tl.constexpr,
     return y
 
 
-@triton.jit
+# Neither a token count nor a stride that follows it may recompile the kernel.
+@triton.jit(do_not_specialize=("tokens", "padded", "length", "s_sk"))
 def inv_rope_quant_kernel(
     o_ptr, codes_ptr, scale_ptr, cos_ptr, sin_ptr, tokens, padded, length,
     o_sb, o_ss, o_sh, c_st, c_sg, s_st, s_sg, s_sk, cos_sb, cos_ss, cos_sd,

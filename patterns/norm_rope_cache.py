@@ -174,6 +174,7 @@ def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Ca
         tuple(leg.root for leg in legs if leg is not kv or keep),
         (write.cache,) if write else (),
         (write.node,) if write else (),
+        _extents(kv) if kv else {},
         unsupported=divides_by_product(kv.quant.arguments) if kv and kv.quant else None,
         loose=frozenset().union(*(leg.loose for leg in legs)),
         detail=_detail(q, kv),
@@ -192,6 +193,18 @@ def _index_nodes(places: tuple[Place, ...]) -> dict[str, fx.Node]:
             out[name] = place.index
         elif isinstance(place.start, fx.Node):
             out[f"{name}_start"] = place.start
+    return out
+
+
+def _extents(kv: Leg) -> dict[fx.Node, tuple[int | torch.SymInt, int | None]]:
+    """For each index tensor: the cache's places, and its axis along which they differ."""
+    out = {}
+    for seat, place in zip((1, 0), reversed(kv.places), strict=False):
+        if place.index is not None and kv.write is not None:
+            places = kv.write.cache.meta["val"].shape[-2 if seat == 1 else -3]
+            own = kv.order[seat]
+            counted = len(kv.places) == 2 and own is not None and own in place.axes
+            out[place.index] = (places, place.axes.index(own) if counted else None)
     return out
 
 

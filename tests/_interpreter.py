@@ -33,6 +33,9 @@ def _cast(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
 def install() -> None:
     """Patch the interpreter's builder, once per process."""
     builder = interpreter.InterpreterBuilder
+    if getattr(builder, "rounds_to_nearest", False):
+        return
+    builder.rounds_to_nearest = True
     original = builder.cast_impl
 
     def cast_impl(self, src, dst_type):

@@ -1,11 +1,6 @@
-"""The kernels: interpreted on the CPU, compiled on a GPU, and as registered operators."""
+"""The kernels as registered operators: opcheck, fakes, launch choice, messages."""
 
 from __future__ import annotations
-
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,29 +8,6 @@ from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from dsv4fuse.kernels import inv_rope_quant as inv
 from dsv4fuse.kernels import norm_rope_cache as rows
-
-CASES = pathlib.Path(__file__).parent / "kernel_cases.py"
-
-
-def _run_cases(interpret: bool) -> None:
-    """In a process of its own: Triton decides at import whether it interprets."""
-    env = dict(os.environ, TRITON_INTERPRET="1" if interpret else "0")
-    path = [str(CASES.parent), str(CASES.parent.parent), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-def test_cases_interpreted():
-    _run_cases(interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cases_compiled():
-    _run_cases(interpret=False)
 
 
 def _samples(device: str) -> dict[str, tuple]:

@@ -1,0 +1,76 @@
+"""Inputs and comparisons of the kernel tests.
+
+Where Triton interprets (conftest.py decides) the kernels run on the CPU, otherwise on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common as common
+from torch import Tensor
+
+DEVICE = "cpu" if common.INTERPRETED else "cuda"
+GPU = DEVICE == "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FP8 = torch.float8_e4m3fn
+MARKS = [] if common.INTERPRETED else [pytest.mark.gpu]
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+TOKENS = [1, 3, 127, 129] + ([1500] if GPU else [])
+
+
+def rand(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+def tables(batch: int, length: int, rope: int, kind: str = "fp32") -> tuple[Tensor, Tensor]:
+    """cos and sin ``[batch, length, rope/2]`` in the strides and dtypes that models produce."""
+    angle = torch.randn(batch, length, rope // 2, device=DEVICE) * 3
+    if kind == "complex":
+        real = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+        assert real.stride(-2) == 2
+        return real[..., 0], real[..., 1]
+    if kind == "expanded":
+        angle = angle[:1].expand(batch, -1, -1)
+        return angle[:1].cos().expand(angle.shape), angle[:1].sin().expand(angle.shape)
+    dtype = {"fp32": FP32, "bf16": BF16}[kind]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(SIGNED[x.element_size()])
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """Distance in representable values; two NaNs are equal, +0 and -0 are one apart."""
+    assert a.dtype == b.dtype and a.shape == b.shape
+    lowest = torch.iinfo(SIGNED[a.element_size()]).min
+    ordered = [torch.where(x < 0, lowest - x.long() - 1, x.long()) for x in (bits(a), bits(b))]
+    both = a.float().isnan() & b.float().isnan()
+    return torch.where(both, 0, (ordered[0] - ordered[1]).abs())
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    """Equal bytes (NaN equals NaN), dtype, shape and strides."""
+    assert a.stride() == b.stride(), (a.stride(), b.stride())
+    wrong = (ulps(a, b) != 0).sum().item()
+    assert wrong == 0, f"{wrong} of {a.numel()} differ"
+
+
+def close(a: Tensor, b: Tensor, *, worst: int, fraction: float) -> None:
+    assert a.stride() == b.stride(), (a.stride(), b.stride())
+    off = ulps(a, b)
+    if off.numel() == 0:
+        return
+    assert off.max().item() <= worst, f"{off.max().item()} ulp apart"
+    share = (off != 0).double().mean().item()
+    assert share <= fraction, f"{share:.2e} of the values differ"
+
+
+def poisoned(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.full(shape, 777.0, dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

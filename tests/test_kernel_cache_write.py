@@ -1,0 +1,97 @@
+"""norm_rope_cache: where rows go, what stays untouched, the fake-quant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dsv4fuse.kernels import norm_rope_cache as rows
+
+from dsv4fuse import atoms
+
+from ._kernels import DEVICE, FP32, MARKS, poisoned, rand, same, tables, ulps
+
+pytestmark = MARKS
+
+
+def cache_call(kv, cos, sin, cache, slot=None, seq=None, q=None, **kw):
+    """The op and its reference on two copies of the poisoned cache; outputs and caches agree."""
+    base = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="none", kv_norm="none", rope_rounding="once")
+    base.update(kw)
+    other = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device=DEVICE)
+    other.copy_(cache)
+    before = cache.clone()
+    got = rows.norm_rope_cache(q, kv, cos, sin, None, None, cache, slot, seq, **base)
+    want = rows.reference(q, kv, cos, sin, None, None, cache=other, slot=slot, seq=seq, **base)
+    for g, r in zip(got, want, strict=True):
+        same(g, r)
+    same(cache, other)
+    return got, (ulps(cache, before) != 0).any(-1)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("wrap", [True, False])
+def test_cache_slots(wrap, index):
+    """Negative slots wrap or skip, slots past the end are skipped, the rest is untouched."""
+    kv, (cos, sin) = rand(2, 4, 128), tables(2, 4, 32, "complex")
+    slot = torch.tensor([[5, -1, 9, 2], [0, 20, -12, -40]], dtype=index, device=DEVICE)
+    (_, kv_out), written = cache_call(kv, cos, sin, poisoned(12, 128), slot, wrap=wrap)
+    rows_hit = {5, 9, 2, 0, 11} if wrap else {5, 9, 2, 0}
+    rows_hit = rows_hit - {0} if wrap else rows_hit  # 0 is written twice under wrap, see below
+    assert rows_hit <= set(written.nonzero().flatten().tolist()) <= rows_hit | {0}
+    assert (kv_out != 0).any(-1).all()  # skipped rows are still normed, roped and returned
+
+
+@pytest.mark.parametrize("kind", ["start", "tensor", "expanded", "seq_start"])
+def test_cache_paged(kind):
+    """[P, N, D]: dim 0 from seq or the batch index, dim 1 from slot or the position."""
+    kv, (cos, sin) = rand(2, 3, 64), tables(2, 3, 64, "expanded")
+    slot = torch.tensor([[4, 5, 1]], device=DEVICE)
+    seq = torch.tensor([[3], [-1]], device=DEVICE)
+    kw = {
+        "start": dict(slot_start=2),
+        "tensor": dict(slot=slot.repeat(2, 1), seq=seq.repeat(1, 3)),
+        "expanded": dict(slot=slot.expand(2, 3), seq=seq.expand(2, 3)),
+        "seq_start": dict(slot=slot.expand(2, 3), seq_start=-2),
+    }[kind]
+    _, written = cache_call(kv, cos, sin, poisoned(5, 7, 64), **kw)
+    assert written.sum() == 6
+
+
+@pytest.mark.parametrize("keep_kv", [True, False])
+def test_cache_strided_view(keep_kv):
+    """A non-contiguous cache: the rows and columns around the view keep their poison."""
+    kv, (cos, sin) = rand(1, 3, 128), tables(1, 3, 64, "bf16")
+    whole = poisoned(4, 9, 2, 160)
+    view = whole[1:3, 1:8, 1, 16:144]
+    slot = torch.tensor([[6, -1, 0]], device=DEVICE)
+    (_, kv_out), written = cache_call(
+        kv, cos, sin, view, slot, q=rand(1, 3, 3, 128), wrap=False, keep_kv=keep_kv, seq_start=1
+    )
+    assert kv_out.shape == (kv.shape if keep_kv else (0,)) and kv_out.dtype == kv.dtype
+    assert written.sum() == 2
+    inside = torch.zeros_like(whole, dtype=torch.bool)
+    inside[2, [7, 1], 1, 16:144] = True
+    assert (whole[~inside] == 777.0).all() and (whole[inside] != 777.0).all()
+
+
+@pytest.mark.parametrize("scale, via", [("pow2", "div"), ("fp32", "div"), ("fp32", "mul")])
+@pytest.mark.parametrize("weight", [None, FP32])
+def test_cache_fake_quant(scale, via, weight):
+    """Exactly ``atoms.fake_quant`` of the nope dims of what the plain op returns."""
+    kv, (cos, sin) = rand(1, 5, 512, scale=3.0), tables(1, 5, 64)
+    kv[0, 1, :64] = 0.0
+    kv[0, 2, 70] = float("nan")
+    kv[0, 3, 130] = float("inf")
+    w = None if weight is None else rand(512, dtype=weight)
+    norm = "none" if weight is None else "weight"
+    kw = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="none", kv_norm=norm, rope_rounding="once")
+    _, plain = rows.norm_rope(None, kv, cos, sin, None, w, **kw)
+    quant = dict(quant_group=64, quant_floor=1e-4, quant_scale=scale, via=via)
+    cache = poisoned(8, 512, dtype=plain.dtype)
+    _, got = rows.norm_rope_cache(
+        None, kv, cos, sin, None, w, cache, None, None, slot_start=3, **kw, **quant
+    )
+    fake = atoms.fake_quant(plain[..., :448], group=64, floor=1e-4, scale=scale, via=via)
+    same(got, torch.cat((fake, plain[..., 448:]), -1))
+    same(cache[3:], got[0])
+    assert (cache[:3] == 777).all()
