@@ -72,6 +72,24 @@ def explain(
 
 
 @app.command()
+def bench(
+    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    model: Annotated[list[str], typer.Option(help="flash, pro, pro-tp8; may be repeated.")] = ["flash"],  # noqa: B006, E501
+    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
+    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Write it here.")] = "",
+) -> None:
+    """Time each fusion against Inductor on this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        _fail("There is no GPU here: the benchmark times Triton kernels.", 2)
+    from dsv4fuse import bench as timing
+
+    counts = [int(t) for t in tokens.split(",")]
+    timing.run(fusions or [], model, counts, pathlib.Path(json_file) if json_file else None)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run, and why not the rest."""
     from dsv4fuse import doctor as checks

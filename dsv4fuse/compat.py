@@ -54,7 +54,8 @@ def trace_fused(fn: Callable[..., Any], fakes: Sequence[Any], *, keep_ops: bool)
         stack.enter_context(kept())
         for mode in modes:
             stack.enter_context(mode)
-        return make_fx(dispatch_functionalize(fn), tracing_mode="real")(*fakes)
+        table = select_decomp_table()
+        return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
 
 
 def hint(value: torch.SymInt) -> int:

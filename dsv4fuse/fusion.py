@@ -87,12 +87,37 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """A model's sizes, as far as fusions depend on them (DeepSeek-V4-Flash by default)."""
+
+    heads: int = 64
+    head_dim: int = 512
+    rope_dim: int = 64
+    groups: int = 8
+    inter: int = 2048
+    window: int = 128
+
+
+@dataclass(frozen=True)
+class Example:
+    """A plain sequence, inputs for it, and the bytes it cannot avoid to move."""
+
+    fn: Callable[..., object]
+    inputs: tuple[Tensor, ...]
+    moved: int
+
+
+@dataclass(frozen=True)
 class Fusion:
-    """A registered fusion; ``name`` is the stem of its files in patterns/ and kernels/."""
+    """A registered fusion; ``name`` is the stem of its files in patterns/ and kernels/.
+
+    ``example(tokens, sizes, device)`` is the sequence as people write it, for the benchmark.
+    """
 
     name: str
     find: Callable[[Scene, str], list[Candidate]]
     atoms: tuple[Atom, ...]
+    example: Callable[[int, Sizes, str], Example]
 
 
 class Scene:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def plan(candidate: Candidate) -> fx.GraphModule:
     """
     if candidate.unsupported:
         raise Declined(candidate.unsupported)
+    try:
+        importlib.import_module(f"dsv4fuse.kernels.{candidate.fusion}")
+    except ImportError as error:
+        raise Declined(f"The kernel cannot be loaded on this machine: {error}.") from error
     fakes = [n.meta["val"] for n in candidate.inputs]
     caches = [candidate.inputs.index(c) for c in candidate.caches]
 

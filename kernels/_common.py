@@ -10,6 +10,7 @@ Rounding facts the helpers encode (each is compared with eager, bit by bit, in t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,21 +45,16 @@ def mul_rn(a, b):
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """fp32 → dtype, nearest even. Two at a time: the single conversion runs at a quarter rate."""
-    if INTERPRET:
+    if INTERPRET or dtype == tl.float32:
         return x.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2
+        )
     else:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True,
-                pack=2,
-            )  # fmt: skip
-        elif dtype == tl.float16:
-            return tl.inline_asm_elementwise(
-                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True,
-                pack=2,
-            )  # fmt: skip
-        else:
-            return x.to(dtype)
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -168,7 +164,7 @@ def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.const
 
 @triton.jit
 def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
-    """IEEE ``x / s`` for a block x and its scale s (already broadcastable against x).
+    """IEEE ``x / s`` for a block x and its scale s, which broadcasts against x.
 
     A power of two has an exact reciprocal. Otherwise one reciprocal per block and Markstein's
     two corrections give the correctly rounded quotient for 5 instructions instead of about 12.
@@ -233,6 +229,9 @@ class Config:
     columns: int = 0
 
 
+Table = Sequence[tuple[int | None, Config]]  # bound on the token count → launch shape
+
+
 def size_hint(value: int | torch.SymInt, default: int = 1024) -> int:
     """A likely value of a size, for choosing a launch only: never installs a guard."""
     if not isinstance(value, torch.SymInt):
@@ -250,9 +249,7 @@ def size_hint(value: int | torch.SymInt, default: int = 1024) -> int:
     return default
 
 
-def launch_config(
-    table: Sequence[tuple[int | None, Config]], tokens: int | torch.SymInt
-) -> Config:
+def launch_config(table: Table, tokens: int | torch.SymInt) -> Config:
     """The first entry whose bound is not below the token count (None bounds nothing)."""
     count = size_hint(tokens)
     return next(config for bound, config in table if bound is None or count <= bound)
@@ -266,7 +263,8 @@ def flat_mode(batch: int | torch.SymInt, length: int | torch.SymInt) -> int:
 
 
 def align4(tokens: int | torch.SymInt) -> int | torch.SymInt:
-    return (tokens + 3) // 4 * 4
+    """Spelled so that a symbolic size is known not to be below ``tokens``: no guard."""
+    return tokens + 3 * tokens % 4
 
 
 def cdiv(a: int | torch.SymInt, b: int) -> int | torch.SymInt:
@@ -292,10 +290,7 @@ def require_static(**sizes: int | torch.SymInt) -> None:
 def require_fp8(device: torch.device) -> None:
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
-        require(
-            found >= (8, 9),
-            f"fp8 e4m3 conversions need compute capability 8.9, this GPU has {found}",
-        )
+        require(found >= (8, 9), f"fp8 e4m3 needs compute capability 8.9, this GPU has {found}")
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -303,8 +298,6 @@ def nbytes(*tensors: Tensor | None) -> int:
     total = 0
     for t in tensors:
         if t is not None:
-            count = 1
-            for size, stride in zip(t.shape, t.stride(), strict=True):
-                count *= 1 if stride == 0 and size > 1 else size
-            total += count * t.element_size()
+            sizes = [n for n, step in zip(t.shape, t.stride(), strict=True) if step or not n]
+            total += math.prod(sizes) * t.element_size()
     return total

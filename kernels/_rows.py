@@ -18,7 +18,6 @@ from ._common import (
     rsqrt,
 )
 
-
 # Values that follow the token count: specialising on 1 or on multiples of 16 would recompile.
 TOKEN_ARGUMENTS = (
     "tokens", "length", "q_programs", "pages", "slots", "slot_start", "seq_start",

@@ -44,12 +44,12 @@ from ._common import (
     silu,
 )
 
-# Few tokens: many small programs, so that all SMs share the exponentials. Many tokens: 8
-# elements per lane and tensor, 16-byte loads, more than one row only where rows are short.
+# One warp per program: the choice of silu's division (see ``silu``) is then one redux, without a
+# barrier. Few tokens: small programs, so that all SMs share the exponentials. Many tokens: two
+# 16-byte loads of gate and of up in flight per lane.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (64, Config(rows=1, warps=1, columns=256)),
-    (1024, Config(rows=1, warps=2, columns=512)),
-    (None, Config(rows=1, warps=4, columns=1024)),
+    (None, Config(rows=1, warps=1, columns=512)),
 )
 
 
@@ -134,7 +134,7 @@ def column_block(columns: int, wanted: int, group: int) -> int:
     """
     divisor = columns & -columns
     if divisor < max(group, 32):  # only without quantisation: tail lanes are masked
-        return min(wanted, triton.next_power_of_2(columns))
+        return min(wanted, max(32, triton.next_power_of_2(columns)))
     return max(min(wanted, divisor), group)
 
 
@@ -151,37 +151,37 @@ def _check(gate: Tensor, up: Tensor, weight: Tensor | None, rounding: str, group
         common.require_fp8(gate.device)
 
 
-def allocate_scales(codes: Tensor, group: int, scale: str, col_major: bool) -> tuple[Tensor, int]:
-    """The scales' buffer (bytes for e8m0), ``[rows, I/group]``, and its rows, padding included."""
+def allocate_scales(codes: Tensor, group: int, scale: str, col_major: bool) -> Tensor:
+    """The scales' dense buffer (bytes for e8m0), padded and still transposed for col_major."""
     dtype = torch.uint8 if scale == "e8m0" else torch.float32
     tokens, groups = codes.shape[0], codes.shape[1] // group
-    if not col_major:
-        return codes.new_empty((tokens, groups), dtype=dtype), tokens
-    padded = common.align4(tokens)
-    return codes.new_empty((groups, padded), dtype=dtype).t(), padded
+    shape = (groups, common.align4(tokens)) if col_major else (tokens, groups)
+    return codes.new_empty(shape, dtype=dtype)
 
 
-def finish_scales(scales: Tensor, tokens: int, scale: str, col_major: bool) -> Tensor:
-    """The unpadded part, as e8m0 where that was asked for."""
-    scales = scales.view(torch.float8_e8m0fnu) if scale == "e8m0" else scales
-    return scales[:tokens] if col_major else scales
+def finish_scales(buffer: Tensor, tokens: int, scale: str, col_major: bool) -> Tensor:
+    """``[T, I/group]``: the unpadded part, as e8m0 where that was asked for."""
+    scales = buffer.view(torch.float8_e8m0fnu) if scale == "e8m0" else buffer
+    return scales.t().narrow(0, 0, tokens) if col_major else scales
 
 
 def _launch(
-    gate: Tensor, up: Tensor, weight: Tensor | None, out: Tensor, scales: Tensor, padded: int, *,
+    gate: Tensor, up: Tensor, weight: Tensor | None, out: Tensor, scales: Tensor, *,
     limit: float | None, rounding: str, precise: bool, dtype: torch.dtype, group: int = 0,
-    floor: float = 0.0, scale: str = "fp32", via: str = "div",
+    floor: float = 0.0, scale: str = "fp32", via: str = "div", col_major: bool = False,
 ) -> None:  # fmt: skip
     tokens, columns = gate.shape
     common.require_static(columns=columns)
     config = common.launch_config(CONFIGS, tokens)
     block = column_block(columns, config.columns, group)
+    padded = common.align4(tokens) if col_major else tokens
+    scale_strides = (1, scales.stride(0)) if col_major else scales.stride()
     grid = (common.cdiv(padded, config.rows) * common.cdiv(columns, block),)
     kernel = clamp_swiglu_kernel if INTERPRETED else wrap_triton(clamp_swiglu_kernel)
     kernel[grid](
         gate, up, gate if weight is None else weight, out, scales, tokens, padded,
         *gate.stride(), *up.stride(), 0 if weight is None else weight.stride(0),
-        *scales.stride(),
+        *scale_strides,
         COLUMNS=columns, BLOCK=block, ROWS=config.rows, LIMIT=0.0 if limit is None else limit,
         HAS_LIMIT=limit is not None, HAS_W=weight is not None,
         STEPS=rounding == "silu" and not precise, ROUND=not precise and dtype == gate.dtype,
@@ -222,9 +222,9 @@ def reference_quant(
     kind = "fp32" if scale == "fp32" else "pow2"
     codes, s = atoms.group_quant(y, group=group, floor=floor, scale=kind, via=via)
     s = s.to(torch.float8_e8m0fnu).view(torch.uint8) if scale == "e8m0" else s
-    scales, _ = allocate_scales(codes, group, scale, col_major)
-    scales.zero_()[: codes.shape[0]] = s
-    return codes, finish_scales(scales, codes.shape[0], scale, col_major)
+    buffer = allocate_scales(codes, group, scale, col_major).zero_()
+    (buffer.t().narrow(0, 0, codes.shape[0]) if col_major else buffer).copy_(s)
+    return codes, finish_scales(buffer, codes.shape[0], scale, col_major)
 
 
 @triton_op("dsv4fuse::clamp_swiglu", mutates_args=())
@@ -238,7 +238,7 @@ def clamp_swiglu(
         return reference(gate, up, weight, limit=limit, rounding=rounding, precise=precise)
     dtype = out_dtype(gate, weight, rounding)
     out = gate.new_empty(gate.shape, dtype=dtype)
-    _launch(gate, up, weight, out, out, gate.shape[0], limit=limit, rounding=rounding,
+    _launch(gate, up, weight, out, out, limit=limit, rounding=rounding,
             precise=precise, dtype=dtype)
     return out
 
@@ -257,19 +257,19 @@ def clamp_swiglu_quant(
     """Clamped SwiGLU as fp8 codes and scales: see the module's docstring."""
     _check(gate, up, weight, rounding, group)
     kw = dict(limit=limit, rounding=rounding, precise=precise, group=group, floor=floor,
-              scale=scale, via=via)
+              scale=scale, via=via, col_major=col_major)  # fmt: skip
     if common.use_reference(gate):
-        return reference_quant(gate, up, weight, col_major=col_major, **kw)
+        return reference_quant(gate, up, weight, **kw)
     codes = gate.new_empty(gate.shape, dtype=common.FP8)
-    scales, padded = allocate_scales(codes, group, scale, col_major)
-    _launch(gate, up, weight, codes, scales, padded, dtype=out_dtype(gate, weight, rounding), **kw)
+    scales = allocate_scales(codes, group, scale, col_major)
+    _launch(gate, up, weight, codes, scales, dtype=out_dtype(gate, weight, rounding), **kw)
     return codes, finish_scales(scales, gate.shape[0], scale, col_major)
 
 
 @clamp_swiglu_quant.register_fake
 def _(gate, up, weight, *, group=128, scale="fp32", col_major=False, **_):
     codes = gate.new_empty(gate.shape, dtype=common.FP8)
-    scales, _ = allocate_scales(codes, group, scale, col_major)
+    scales = allocate_scales(codes, group, scale, col_major)
     return codes, finish_scales(scales, gate.shape[0], scale, col_major)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, quantised
-from dsv4fuse.fusion import Candidate, Fusion, Hit, Scene, arrange
+from dsv4fuse.fusion import Candidate, Example, Fusion, Hit, Scene, Sizes, arrange
 from dsv4fuse.specs import CODES, SCALES, SWIGLU
 
 
@@ -68,4 +69,17 @@ def _call(
     return quant.shaped(codes, scales, [*lead, width])
 
 
-FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES))
+def example(tokens: int, sizes: Sizes, device: str) -> Example:
+    """A packed bf16 ``[T, 2·I]``, limit 10, codes in groups of 128 with raw fp32 scales."""
+
+    def fn(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = gate_up.chunk(2, dim=-1)
+        y = atoms.clamp_swiglu(gate, up, None, limit=10.0, rounding="silu")
+        return atoms.group_quant(y, group=128, floor=1e-10, scale="fp32")
+
+    x = torch.randn(tokens, 2 * sizes.inter, device=device, dtype=torch.bfloat16) * 4
+    moved = x.nbytes + tokens * sizes.inter + 4 * tokens * sizes.inter // 128
+    return Example(fn, (x,), moved)
+
+
+FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES), example)

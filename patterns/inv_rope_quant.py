@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, quantised
 from dsv4fuse.fusion import (
     Candidate,
+    Example,
     Fusion,
     Hit,
     Order,
     Scene,
+    Sizes,
     arrange,
     head_order,
     restore,
@@ -128,4 +131,18 @@ def _call(
     return quant.shaped(codes, scales, [*lead, *axis, codes.shape[-1]])
 
 
-FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES, SCALES))
+def example(tokens: int, sizes: Sizes, device: str) -> Example:
+    """o ``[T, H, D]`` bf16, fp32 tables; codes ``[T, G, H/G·D]``, raw fp32 scales per 128."""
+
+    def fn(o: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        o = atoms.rope(o, cos.unsqueeze(1), sin.unsqueeze(1), inverse=True, rounding="once")
+        grouped = o.view(o.shape[0], sizes.groups, -1)
+        return atoms.group_quant(grouped, group=128, floor=1e-10, scale="fp32")
+
+    o = torch.randn(tokens, sizes.heads, sizes.head_dim, device=device, dtype=torch.bfloat16)
+    angle = torch.rand(tokens, sizes.rope_dim // 2, device=device)
+    moved = o.nbytes + o.numel() + o.numel() // 32 + 2 * angle.nbytes
+    return Example(fn, (o, angle.cos(), angle.sin()), moved)
+
+
+FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES, SCALES), example)

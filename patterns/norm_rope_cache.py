@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import maps
+from dsv4fuse import atoms, maps
 from dsv4fuse.chains import divides_by_product
 from dsv4fuse.fusion import (
     Candidate,
+    Example,
     Fusion,
     Hit,
     Order,
     Scene,
+    Sizes,
     arrange,
     head_order,
     restore,
@@ -294,4 +296,26 @@ def _place_arguments(kv: Leg, given: dict[str, Tensor], tokens: torch.Size) -> d
     return out
 
 
-FUSION = Fusion(NAME, find, (QUANT_LEAD, ROPE, RMS_NORM))
+def example(tokens: int, sizes: Sizes, device: str) -> Example:
+    """q ``[T, H, D]`` and kv ``[T, D]`` bf16, fp32 tables, a cache with a slot for each token."""
+
+    def fn(q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, w: Tensor, cache: Tensor, slot: Tensor):  # noqa: E501, ANN202
+        q = atoms.rms_norm(q, None, eps=1e-6, rounding="once")
+        kv = atoms.rms_norm(kv, w, eps=1e-6, rounding="once")
+        kv = atoms.rope(kv, cos, sin, rounding="once")
+        cache[slot] = kv
+        return atoms.rope(q, cos.unsqueeze(1), sin.unsqueeze(1), rounding="once"), kv
+
+    bf16 = dict(device=device, dtype=torch.bfloat16)
+    half = sizes.rope_dim // 2
+    q = torch.randn(tokens, sizes.heads, sizes.head_dim, **bf16)
+    kv = torch.randn(tokens, sizes.head_dim, **bf16)
+    angle = torch.rand(tokens, half, device=device)
+    weight = torch.rand(sizes.head_dim, device=device)
+    cache = torch.zeros(max(tokens, sizes.window), sizes.head_dim, **bf16)
+    slot = torch.randperm(len(cache), device=device)[:tokens]
+    moved = 2 * q.nbytes + 3 * kv.nbytes + 2 * angle.nbytes + weight.nbytes + slot.nbytes
+    return Example(fn, (q, kv, angle.cos(), angle.sin(), weight, cache, slot), moved)
+
+
+FUSION = Fusion(NAME, find, (QUANT_LEAD, ROPE, RMS_NORM), example)

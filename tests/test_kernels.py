@@ -10,22 +10,22 @@ from dsv4fuse.kernels import inv_rope_quant as inv
 from dsv4fuse.kernels import norm_rope_cache as rows
 
 
-def _samples(device: str) -> dict[str, tuple]:
-    """Per op: positional and keyword arguments of a small call."""
+def _samples(device: str, length: int = 3) -> dict[str, tuple]:
+    """Per op: positional and keyword arguments of a small call; ``length`` is its token axis."""
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    q, kv, w = make(2, 3, 2, 128), make(2, 3, 128), make(128)
-    cos, sin = torch.randn(2, 3, 32, device=device), torch.randn(2, 3, 32, device=device)
+    q, kv, w = make(2, length, 2, 128), make(2, length, 128), make(128)
+    cos, sin = (torch.randn(2, length, 32, device=device) for _ in range(2))
     norm = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="rstd", kv_norm="weight", rope_rounding="once")
-    slot = torch.tensor([[0, 5, -1], [3, 9, 2]], device=device)
-    gate, up = make(5, 256).chunk(2, -1)
+    slot = torch.arange(2 * length, device=device).view(2, length) * 2 - length
+    gate, up = make(length, 128), make(length, 128)
     clamp = dict(limit=10.0, rounding="silu")
     return {
         "norm_rope": ((q, kv, cos, sin, None, w), dict(norm, q_heads_first=True)),
         "norm_rope_cache": (
-            (q, kv, cos, sin, None, w, make(7, 128), slot, None),
-            dict(norm, wrap=False, keep_kv=False, quant_group=64),
+            (q, kv, cos, sin, None, w, make(3000, 128), slot, None),
+            dict(norm, wrap=False, keep_kv=False, quant_group=32),
         ),
-        "clamp_swiglu": ((gate, up, torch.randn(5, 1, device=device)), clamp),
+        "clamp_swiglu": ((gate, up, torch.randn(length, 1, device=device)), clamp),
         "clamp_swiglu_quant": ((gate, up, None), dict(clamp, group=64, col_major=True)),
         "inv_rope": ((q, cos, sin), dict(rope_rounding="every", heads_first=True)),
         "inv_rope_quant": ((q, cos, sin), dict(groups=2, rope_rounding="once", col_major=True)),
@@ -41,8 +41,45 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, device):
+    torch.manual_seed(0)
     args, kwargs = _samples(device)[name]
-    torch.library.opcheck(getattr(torch.ops.dsv4fuse, name).default, args, kwargs)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if device == "cpu":
+        # Makes every size symbolic; on a GPU head counts and widths are compiled into a kernel.
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.dsv4fuse, name).default, args, kwargs, test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_compiled_once_for_any_token_count(name):
+    """Through Inductor with symbolic tokens: one compilation, the same bytes as eager."""
+    op = getattr(torch.ops.dsv4fuse, name)
+    kwargs = _samples("cuda")[name][1]
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    compiled = torch.compile(lambda *args: op(*args, **kwargs), backend=backend, fullgraph=True)
+    for length in (3, 129, 1500):
+        torch.manual_seed(length)
+        args = _samples("cuda", length)[name][0]
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        for t in args:
+            if isinstance(t, torch.Tensor) and length in t.shape:
+                torch._dynamo.mark_dynamic(t, list(t.shape).index(length))
+        got, want = compiled(*args), op(*copies, **kwargs)
+        got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+        for g, w in zip((*got, *_tensors(args)), (*want, *_tensors(copies)), strict=True):
+            assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
+            assert torch.equal(g.float().nan_to_num(), w.float().nan_to_num())
+    assert len(calls) == 1
+
+
+def _tensors(args: tuple) -> list[torch.Tensor]:
+    return [a for a in args if isinstance(a, torch.Tensor)]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -112,3 +149,19 @@ def test_traffic_counts_every_byte_once():
 def test_misuse_is_explained(call, sentence):
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         call(_samples("cpu"))
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn"])
+def test_the_shim_rounds_to_nearest_even(name):
+    """The interpreter's own casts truncate to bf16 and miss some of fp8."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    kind = getattr(torch, name)
+    target = {"bfloat16": tl.bfloat16, "float8_e4m3fn": tl.float8e4nv}[name]
+    x = torch.randn(4096) * 100
+    handle = interpreter.TensorHandle(x.numpy(), tl.float32)
+    got = torch.from_numpy(interpreter.interpreter_builder.create_fp_trunc(handle, target).data)
+    want = x.clamp(-448, 448).to(kind) if kind.itemsize == 1 else x.to(kind)
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))

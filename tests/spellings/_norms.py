@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._case import EPS
 
@@ -127,6 +127,12 @@ def ops_in_place(x, w):
     return wide.mul_(rstd).to(x.dtype)
 
 
+@_in(PLAIN)
+def tensor_eps(x, w):
+    eps = torch.full((1,), EPS)
+    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 LOOSE |= {"over_sqrt", "times_one_over_sqrt", "over_half_power"}
 
 
@@ -175,12 +181,6 @@ def one_plus_weight(x, w):
 @_in(BF16_WEIGHT)
 def functional(x, w):
     return F.rms_norm(x, (x.shape[-1],), w, EPS)
-
-
-@_in(BF16_WEIGHT)
-def module(x, w):
-    norm = nn.RMSNorm(x.shape[-1], eps=EPS, device="meta")
-    return torch.func.functional_call(norm, {"weight": w}, (x,))
 
 
 # ---- weight in fp32 ----------------------------------------------------------------------------
@@ -234,11 +234,6 @@ def _by_norm(x, w):
 
 def _weight_first(x, w):
     return (x.float() * (_rstd(x) * w.float())).to(x.dtype)
-
-
-def _tensor_eps(x, w):
-    eps = torch.full((1,), EPS)
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 MISSES["sum_over_n"] = (_sum_over_n, "no rule makes a sum over N a mean yet (ulp)")

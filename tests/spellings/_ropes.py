@@ -18,6 +18,13 @@ COMPLEX: dict[str, Rope] = {}
 EVERY: dict[str, Rope] = {}  # tables and arithmetic in x's dtype
 MISSES: dict[str, tuple[Rope, str]] = {}
 MUTANTS: dict[str, Rope] = {}  # of slices_and_stack
+# What is left of a rope in these: one with other tables, or one of other lanes without their norm.
+STILL_ROPES = {
+    "cos_and_sin_exchanged": "norm",
+    "leading_lanes": "Q: rope",
+    "nope_from_elsewhere": "Q: rope",
+    "lanes_before_the_rope": "Q: rope",
+}
 
 
 def _in(table: dict[str, Rope]) -> Callable[[Rope], Rope]:
@@ -107,8 +114,7 @@ def select_pairs(x, cos, sin):
     return torch.cat([x.narrow(-1, 0, x.shape[-1] - rd), turned], dim=-1)
 
 
-@_in(REAL)
-def transposed_pairs(x, cos, sin):
+def _transposed_pairs(x, cos, sin):
     nope, r = _cut(x, cos)
     rows = r.float().unflatten(-1, (-1, 2)).transpose(-1, -2)
     a, b = _turn(rows[..., 0, :], rows[..., 1, :], cos, sin)
@@ -123,8 +129,7 @@ def slices_of_the_whole(x, cos, sin):
     return torch.cat((x[..., :start], torch.stack((a, b), -1).flatten(-2).to(x.dtype)), -1)
 
 
-@_in(REAL)
-def strided_assignment(x, cos, sin):
+def _strided_assignment(x, cos, sin):
     out, start = x.clone(), x.shape[-1] - 2 * cos.shape[-1]
     a, b = _turn(x[..., start::2].float(), x[..., start + 1 :: 2].float(), cos, sin)
     out[..., start::2] = a.to(x.dtype)
@@ -247,6 +252,14 @@ def _gathered_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 MISSES["matrix"] = (_matrix, "a 2×2 matrix product is a matmul, whose rounding order is not told")
+MISSES["transposed_pairs"] = (
+    _transposed_pairs,
+    "a stack in front of the last axis counts as joined rows, though a transpose follows",
+)
+MISSES["strided_assignment"] = (
+    _strided_assignment,
+    "a strided assignment is read where it covers the whole axis, not behind the nope lanes",
+)
 MISSES["gathered_half"] = (_gathered_half, "lanes picked through an index tensor are opaque")
 
 

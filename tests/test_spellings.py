@@ -1,0 +1,154 @@
+"""Every spelling is taken and equals eager; every mutant is not, or equals eager all the same."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dsv4fuse.backend import dsv4fuse as backend
+from dsv4fuse.fusion import registry
+from dsv4fuse.kernels import _common as common
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from dsv4fuse import Report, ops
+
+from .spellings._case import Case
+
+assert ops
+STEPS = 2.0  # one for the rule or the order of a sum, one for the rounding of what follows
+
+
+def _cases(kind: str) -> list[Any]:
+    found = []
+    for name in registry():
+        try:
+            module = importlib.import_module(f".spellings.{name}", __package__)
+        except ModuleNotFoundError:
+            if kind != "KNOWN_MISSES":
+                found.append(pytest.param(None, id=f"{name}: no file"))
+            continue
+        cases = getattr(module, kind, {})
+        found += [pytest.param(case, id=f"{name}-{key}") for key, case in cases.items()]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    """Fused ops run their references: what is tested here is which of them are put where."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values with the same strides; a plain clone would make a view dense."""
+
+    def one(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return copy.deepcopy(t)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+
+    return tuple(one(a) for a in args)
+
+
+def _run(case: Case, **options: Any) -> tuple[Report, list[Tensor], list[Tensor]]:
+    """The report, and what eager and the compiled function return and leave behind."""
+    eager, fused = case.build(), case.build()
+    wanted_args, found_args = _copy(case.inputs()), _copy(case.inputs())
+    for number, axes in case.dynamic.items():
+        for axis in axes:
+            torch._dynamo.mark_dynamic(found_args[number], axis)
+    with torch.no_grad():
+        wanted = eager(*wanted_args)
+        options = {"select": "always", "inner": "eager"} | options
+        found = torch.compile(fused, backend=backend, options=options, fullgraph=True)(*found_args)
+    state = [m.state_dict() if isinstance(m, torch.nn.Module) else {} for m in (eager, fused)]
+    left = SimpleNamespace(
+        parameters=lambda: _tensors((found_args, state[1])), buffers=lambda: iter(())
+    )
+    return (
+        Report.of(left),
+        list(_tensors((wanted, wanted_args, state[0]))),
+        list(_tensors((found, found_args, state[1]))),
+    )
+
+
+def _same(a: Tensor, b: Tensor, exact: bool) -> str | None:
+    """None where b is what a is, else what is wrong."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return f"{b.dtype}{list(b.shape)} instead of {a.dtype}{list(a.shape)}"
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.is_floating_point():
+        return None if torch.equal(a, b) else "integers differ"
+    x, y = a.double(), b.double()
+    if not torch.equal(x.isnan(), y.isnan()):
+        return "NaN elsewhere"
+    x, y = x.nan_to_num(), y.nan_to_num()
+    if exact:
+        return None if torch.equal(x, y) else f"not exact, by {(x - y).abs().max().item():.3g}"
+    if not x.numel():
+        return None
+    step = torch.finfo(a.dtype).eps * (x.abs().amax(-1, keepdim=True) if x.dim() else x.abs())
+    worst = ((x - y).abs() / (step + 1e-300)).max().item()
+    return None if worst <= STEPS else f"by {worst:.3g} rounding steps"
+
+
+def _equal(wanted: list[Tensor], found: list[Tensor], exact: bool) -> None:
+    assert len(wanted) == len(found)
+    wrong = {i: w for i, p in enumerate(zip(wanted, found, strict=True)) if (w := _same(*p, exact))}
+    assert not wrong
+
+
+def _reasons(report: Report) -> str:
+    return " | ".join(s.reason for s in report.sites if s.status == "taken")
+
+
+def _fits(case: Case, report: Report) -> bool:
+    text = _reasons(report)
+    return (
+        report.counts() == dict(case.counts)
+        and all(p in text for p in case.parts)
+        and not any(p in text for p in case.absent)
+    )
+
+
+@pytest.mark.parametrize("case", _cases("SPELLINGS"))
+def test_spelling(case):
+    assert case is not None, "a fusion needs a file of spellings"
+    report, wanted, found = _run(case)
+    assert _fits(case, report), f"wanted {dict(case.counts)} {case.parts}:\n{report}"
+    _equal(wanted, found, case.exact)
+    assert case.exact == ("up to rounding" not in _reasons(report))
+
+
+@pytest.mark.parametrize("case", _cases("MUTANTS"))
+def test_mutant(case):
+    """Without the check on random inputs: it is the terms that must tell them apart."""
+    assert case is not None, "a fusion needs a file of spellings"
+    report, wanted, found = _run(case, verify=False)
+    assert _fits(case, report), f"wanted {dict(case.counts)}, none of {case.absent}:\n{report}"
+    _equal(wanted, found, case.exact)
+    with torch.no_grad():
+        args = _copy(case.like.inputs())
+        other = list(_tensors((case.like.build()(*args), args)))
+    assert len(other) != len(wanted) or any(
+        _same(a, b, exact=True) for a, b in zip(other, wanted, strict=True)
+    ), "the edit changes nothing on these inputs"
+
+
+@pytest.mark.parametrize("case", _cases("KNOWN_MISSES"))
+def test_known_miss(case):
+    """Not taken, for the reason that the case gives, and right all the same."""
+    report, wanted, found = _run(case)
+    assert not _fits(case, report), "now it is taken: move it to SPELLINGS"
+    assert case.why
+    _equal(wanted, found, case.exact)
