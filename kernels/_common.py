@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import Parameter
+from triton import cdiv  # noqa: F401  (works on symbols)
 from triton.language.extra import libdevice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -166,7 +167,7 @@ def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.const
 def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
     """IEEE ``x / s`` for a block x and its scale s, which broadcasts against x.
 
-    A power of two has an exact reciprocal. Otherwise one reciprocal per block and Markstein's
+    A power of two has an exact reciprocal; otherwise one reciprocal per block and Markstein's
     two corrections give the correctly rounded quotient for 5 instructions instead of about 12.
     TINY (floor < 1e-30) may underflow in between, and takes the full division.
     """
@@ -265,10 +266,6 @@ def flat_mode(batch: int | torch.SymInt, length: int | torch.SymInt) -> int:
 def align4(tokens: int | torch.SymInt) -> int | torch.SymInt:
     """Spelled so that a symbolic size is known not to be below ``tokens``: no guard."""
     return tokens + 3 * tokens % 4
-
-
-def cdiv(a: int | torch.SymInt, b: int) -> int | torch.SymInt:
-    return (a + b - 1) // b
 
 
 def use_reference(x: Tensor) -> bool:

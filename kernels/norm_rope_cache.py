@@ -156,7 +156,7 @@ def launch(
     config = common.launch_config(CONFIGS, tokens)
     q_programs = 0 if q is None else common.cdiv(tokens * heads, config.rows)
     kv_programs = 0 if kv is None else common.cdiv(tokens, config.rows)
-    every = rope_rounding == "every" and not precise
+    every = {"once": False, "every": not precise}[rope_rounding]
     q_every, kv_every = (every and cos.dtype == out.dtype for out in (q_out, kv_out))
     kernel = norm_rope_kernel if INTERPRETED else wrap_triton(norm_rope_kernel)
     kernel[(q_programs + kv_programs,)](

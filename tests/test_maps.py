@@ -1,0 +1,264 @@
+"""Index maps: what a Lowering says a chain of views reads is what PyTorch reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from dsv4fuse import maps
+from dsv4fuse.fusion import Scene  # importing it registers what views mean
+from dsv4fuse.lower import Lowering
+from dsv4fuse.maps import Map, Size
+from dsv4fuse.terms import Term
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+assert Scene
+Step = Callable[[Tensor], Tensor]
+TRACED, RUN = 6, 10  # the batch that a symbolic graph is traced with, and another
+
+
+class Values(fx.Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+def _number(size: Size, symbols: dict[sympy.Symbol, int]) -> int:
+    return int(sympy.sympify(size).subs(symbols))
+
+
+def read(value: Tensor, m: Map, shape: torch.Size, symbols: dict[sympy.Symbol, int]) -> Tensor:
+    """``value`` through a map, element by element of a view of ``shape``."""
+    grid = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij") if shape else ()
+    at = []
+    for i in m:
+        where = torch.full(tuple(shape), _number(i.offset, symbols))
+        for stride, d in i.terms:
+            div, size = _number(d.div, symbols), _number(d.size, symbols)
+            where = where + _number(stride, symbols) * (grid[d.coord] // div % size)
+        at.append(where)
+    return value[tuple(at)] if at else value.expand(shape)
+
+
+def check(fn: Step, traced: Tensor, run: Tensor, symbolic: bool) -> int:
+    """Reads ``fn`` of the input through its map; how many nodes the map looks through."""
+    mode = "symbolic" if symbolic else "real"
+    gm = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode=mode)(traced)
+    low = Lowering()
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    term = low.term(output)
+    interpreter = Values(gm)
+    result = interpreter.run(run)
+    symbols: dict[sympy.Symbol, int] = {}
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            for fake, real in zip(n.meta["val"].shape, run.shape, strict=True):
+                expr = sympy.sympify(maps.as_size(fake))
+                if expr.is_Symbol:
+                    symbols[expr] = real
+    assert isinstance(term, Term) and term.op == "load"
+    node, m = term.args
+    found = read(interpreter.values[node], m, result.shape, symbols)
+    assert torch.equal(found, result), f"{gm.graph}\n{m}"
+    return node.op == "placeholder"
+
+
+# ---- chains of views, drawn with the shapes they apply to --------------------------------------
+
+
+def _factors(n: int) -> list[tuple[int, int]]:
+    return [(a, n // a) for a in range(1, n + 1) if n % a == 0]
+
+
+@st.composite
+def chains(draw, shape: tuple[int, ...], steps: int = 6) -> list[tuple[str, Step]]:
+    """Steps that fit one after another, each with its name for the failure message."""
+    out: list[tuple[str, Step]] = []
+    x = torch.empty(shape)
+    for _ in range(draw(st.integers(1, steps))):
+        name, step = draw(_steps(tuple(x.shape)))
+        y = step(x)
+        if 0 < y.numel() <= 4096 and y.dim() <= 6:
+            out.append((name, step))
+            x = torch.empty(y.shape)
+    return out
+
+
+def _steps(shape: tuple[int, ...]) -> st.SearchStrategy[tuple[str, Step]]:
+    axes = st.integers(0, len(shape) - 1) if shape else st.nothing()
+    choices = [_unsqueeze(shape)]
+    if shape:
+        choices += [_permute(shape), _unflatten(shape, axes), _slice(shape, axes)]
+        choices += [_select(shape, axes), _split(shape, axes), _expand(shape)]
+    if len(shape) > 1:
+        choices += [_flatten(shape), _reshape(shape), _squeeze(shape, axes)]
+    return st.one_of(choices)
+
+
+@st.composite
+def _unsqueeze(draw, shape):
+    axis = draw(st.integers(-len(shape) - 1, len(shape)))
+    return f"unsqueeze({axis})", lambda x: x.unsqueeze(axis)
+
+
+@st.composite
+def _squeeze(draw, shape, axes):
+    axis = draw(axes)
+    return f"squeeze({axis})", lambda x: x.squeeze(axis)
+
+
+@st.composite
+def _permute(draw, shape):
+    order = draw(st.permutations(range(len(shape))))
+    return f"permute({order})", lambda x: x.permute(order)
+
+
+@st.composite
+def _unflatten(draw, shape, axes):
+    axis = draw(axes)
+    parts = draw(st.sampled_from(_factors(shape[axis])))
+    return f"unflatten({axis}, {parts})", lambda x: x.unflatten(axis, parts)
+
+
+@st.composite
+def _slice(draw, shape, axes):
+    axis = draw(axes)
+    start = draw(st.integers(0, shape[axis] - 1))
+    end = draw(st.integers(start + 1, shape[axis]))
+    step = draw(st.integers(1, 3))
+    index = (slice(None),) * axis + (slice(start, end, step),)
+    return f"[{axis}: {start}:{end}:{step}]", lambda x: x[index]
+
+
+@st.composite
+def _select(draw, shape, axes):
+    axis = draw(axes)
+    k = draw(st.integers(-shape[axis], shape[axis] - 1))
+    return f"select({axis}, {k})", lambda x: x.select(axis, k)
+
+
+@st.composite
+def _split(draw, shape, axes):
+    axis = draw(axes)
+    size = draw(st.integers(1, shape[axis]))
+    k = draw(st.integers(0, (shape[axis] - 1) // size))
+    how = draw(st.sampled_from(["split", "chunk", "unbind"]))
+    if how == "split":
+        return f"split({size}, {axis})[{k}]", lambda x: x.split(size, axis)[k]
+    if how == "chunk":
+        return f"chunk({k + 1}, {axis})[0]", lambda x: x.chunk(k + 1, axis)[0]
+    return f"unbind({axis})[{k}]", lambda x: x.unbind(axis)[k]
+
+
+@st.composite
+def _expand(draw, shape):
+    to = tuple(draw(st.integers(1, 3)) if n == 1 else n for n in shape)
+    return f"expand({to})", lambda x: x.expand(to)
+
+
+@st.composite
+def _flatten(draw, shape):
+    first = draw(st.integers(0, len(shape) - 2))
+    last = draw(st.integers(first + 1, len(shape) - 1))
+    return f"flatten({first}, {last})", lambda x: x.flatten(first, last)
+
+
+@st.composite
+def _reshape(draw, shape):
+    total = torch.Size(shape).numel()
+    a, rest = draw(st.sampled_from(_factors(total)))
+    to = (a, *draw(st.sampled_from(_factors(rest))))
+    return f"reshape({to})", lambda x: x.reshape(to)
+
+
+SHAPES = [(12,), (4, 6), (2, 3, 4), (1, 8, 6), (2, 1, 3, 8)]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_chain_of_views(data):
+    shape = data.draw(st.sampled_from(SHAPES))
+    chain = data.draw(chains(shape))
+    x = torch.arange(torch.Size(shape).numel()).view(shape)
+
+    def fn(x: Tensor) -> Tensor:
+        for _, step in chain:
+            x = step(x)
+        return x.clone()
+
+    check(fn, x, x, symbolic=False)
+
+
+# ---- with a symbolic batch ---------------------------------------------------------------------
+
+SYMBOLIC: dict[str, Step] = {
+    "heads": lambda x: x.unflatten(-1, (3, 4)).transpose(1, 2),
+    "merged": lambda x: x.flatten(0, 1),
+    "merged and parted": lambda x: x.flatten(0, 1).unflatten(0, (-1, x.shape[1])),
+    "merged and parted, heads": lambda x: x.reshape(-1, 12).view(x.shape[0], -1, 3, 4),
+    "merged under a permutation": lambda x: x.permute(1, 0, 2).reshape(-1, 12),
+    "pairs": lambda x: x[..., 4:].unflatten(-1, (-1, 2))[..., 1],
+    "pairs of merged rows": lambda x: x.view(-1, 12)[:, 4:].view(-1, 4, 2).select(-1, 0),
+    "lanes and rows": lambda x: x.reshape(x.shape[0], -1)[:, 12:].unflatten(-1, (-1, 12)),
+    "rows and lanes": lambda x: x.reshape(-1),
+    "half the lanes": lambda x: x.chunk(2, -1)[1].flatten(0, 1),
+    "a head for all": lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1).flatten(2),
+    "the first rows": lambda x: x[:2].transpose(0, 1),
+    "all but the first": lambda x: x[1:, :, ::3],
+    "the last row": lambda x: x[-1],
+    "blocks": lambda x: x.view(-1, 4).view(x.shape[0], 5, 3, 4).select(2, 1),
+    "batch inside": lambda x: x.permute(2, 0, 1).flatten(0, 1),
+    "batch inside, out again": lambda x: x.permute(2, 0, 1).flatten(0, 1).unflatten(0, (12, -1)),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_batch(name):
+    step = SYMBOLIC[name]
+    check(lambda x: step(x).clone(), *_batches(), symbolic=True)
+
+
+def _batches() -> tuple[Tensor, Tensor]:
+    return tuple(torch.arange(n * 60).view(n, 5, 12) for n in (TRACED, RUN))  # type: ignore
+
+
+def test_what_models_write_is_seen_through_with_a_symbolic_batch():
+    seen = {name: check(lambda x, f=f: f(x).clone(), *_batches(), symbolic=True)
+            for name, f in SYMBOLIC.items()}  # fmt: skip
+    assert all(seen[name] for name in ("heads", "merged", "merged and parted", "pairs", "blocks"))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_chain_of_views_behind_a_symbolic_batch(data):
+    """A drawn chain on what one batch element holds, with the batch merged in and out."""
+    inner = data.draw(chains((5, 12), steps=4))
+    front = data.draw(st.sampled_from(["batch", "merged", "inside"]))
+
+    def moved(step: Step) -> Step:
+        return torch.vmap(step)
+
+    def fn(x: Tensor) -> Tensor:
+        if front == "merged":
+            x = x.flatten(0, 1).unflatten(0, (-1, 5))
+        if front == "inside":
+            x = x.permute(1, 2, 0).flatten(1).unflatten(1, (12, -1)).permute(2, 0, 1)
+        for _, step in inner:
+            x = moved(step)(x)
+        return x.clone()
+
+    check(fn, *_batches(), symbolic=True)
