@@ -65,7 +65,7 @@ def load_rotated(x_ptr, x_off, w_ptr, cos_ptr, cos_off, cos_sd, sin_ptr, sin_off
     cos = tl.load(cos_ptr + cos_off[:, None] + k * cos_sd, mask=table, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + sin_off[:, None] + k * sin_sd, mask=table, other=0.0).to(tl.float32)
     if INVERSE:
-        sin = -sin
+        sin = sin * -1.0  # Triton's unary minus is 0 - x, which is no -0 at position 0
     y = x.to(tl.float32)
     if NORM != 0:
         y = normed(y, w_ptr, col, in_row, D, NORM, EPS, HAS_W, PRECISE, x.dtype, OD)

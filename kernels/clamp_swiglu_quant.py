@@ -48,7 +48,9 @@ from ._common import (
 # barrier. Few tokens: small programs, so that all SMs share the exponentials. Many tokens: two
 # 16-byte loads of gate and of up in flight per lane.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
+    (4, Config(rows=1, warps=1, columns=128)),
     (64, Config(rows=1, warps=1, columns=256)),
+    (512, Config(rows=2, warps=1, columns=256)),
     (None, Config(rows=1, warps=1, columns=512)),
 )
 

@@ -46,7 +46,12 @@ from ._common import (
 # them. One warp: a block's amax is a shuffle, no barrier. 4 tokens make one 16-byte store of
 # column-major scales.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
-    (64, Config(rows=1, warps=1)),
+    (2, Config(rows=1, warps=1, columns=128)),
+    (4, Config(rows=2, warps=1, columns=128)),
+    (32, Config(rows=4, warps=1, columns=128)),
+    (64, Config(rows=4, warps=2)),
+    (256, Config(rows=4, warps=1)),
+    (512, Config(rows=8, warps=2)),
     (None, Config(rows=4, warps=1)),
 )
 
@@ -62,8 +67,8 @@ def _rotated(x, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE: tl.constexpr,
     cos = tl.load(cos_at[:, None] + pair[None, :] * cos_sd, mask=mask, other=1.0)
     sin = tl.load(sin_at[:, None] + pair[None, :] * sin_sd, mask=mask, other=0.0)
     even, odd = tl.split(tl.reshape(x, (TOKENS, GROUP // 2, 2)))
-    even, odd = rotate(even, odd, cos.to(tl.float32), -sin.to(tl.float32), inside, EVERY,
-                       not PRECISE, dtype)
+    back = sin.to(tl.float32) * -1.0  # Triton's unary minus is 0 - x, which is no -0 at position 0
+    even, odd = rotate(even, odd, cos.to(tl.float32), back, inside, EVERY, not PRECISE, dtype)
     y = tl.reshape(tl.join(even, odd), (TOKENS, GROUP))
     if not PRECISE:
         y = round_to(y, dtype)

@@ -41,7 +41,7 @@ from ._rows import norm_rope_kernel
 # reduces without shared memory; few tokens want every row in a program of its own (latency),
 # many want a second row in flight per warp (bandwidth).
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
-    (64, Config(rows=1, warps=1)),
+    (32, Config(rows=1, warps=1)),
     (None, Config(rows=2, warps=1)),
 )
 

@@ -44,6 +44,19 @@ def test_inv_rope(kind, rope_rounding, heads_first):
         same(inv.inv_rope(o, cos, sin, **kw), inv.reference(o, cos, sin, **kw))
 
 
+def test_signed_zeros_at_position_zero():
+    """sin = +0 there, so whether a zero keeps its sign hangs on the sign of −sin."""
+    o = rand(1, 8, 2, 64)
+    o[:, ::2] = -0.0
+    o[..., 5] = 3.3
+    cos, sin = torch.ones(1, 8, 8, device=DEVICE), torch.zeros(1, 8, 8, device=DEVICE)
+    got, want = (f(o, cos, sin, rope_rounding="once") for f in (inv.inv_rope, inv.reference))
+    same(got, want)
+    kw = dict(groups=1, group=64, scale="fp32", rope_rounding="once")
+    got, want = (f(o, cos, sin, **kw) for f in (inv.inv_rope_quant, inv.reference_quant))
+    same(got[0], want[0])
+
+
 QUANT = [
     # batch, length, heads, groups, dim, rope, group, tables, heads first
     (1, 1, 64, 8, 512, 64, 128, "fp32", True),

@@ -17,8 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 assert Scene
 Step = Callable[[Tensor], Tensor]
@@ -54,10 +60,17 @@ def read(value: Tensor, m: Map, shape: torch.Size, symbols: dict[sympy.Symbol, i
     return value[tuple(at)] if at else value.expand(shape)
 
 
-def check(fn: Step, traced: Tensor, run: Tensor, symbolic: bool) -> int:
-    """Reads ``fn`` of the input through its map; how many nodes the map looks through."""
-    mode = "symbolic" if symbolic else "real"
-    gm = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode=mode)(traced)
+def _symbolic(x: Tensor) -> Tensor:
+    """A fake of x whose first axis is a symbol."""
+    axes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (x.dim() - 1)]
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(axes))
+
+
+def check(fn: Step, traced: Tensor, run: Tensor, symbolic: bool) -> bool:
+    """Compares ``fn`` of the input with its map; does the map reach the input itself?"""
+    sample = _symbolic(traced) if symbolic else traced
+    gm = make_fx(dispatch_functionalize(fn), select_decomp_table())(sample)
     low = Lowering()
     output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     term = low.term(output)
@@ -188,7 +201,7 @@ def _reshape(draw, shape):
 SHAPES = [(12,), (4, 6), (2, 3, 4), (1, 8, 6), (2, 1, 3, 8)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(st.data())
 def test_chain_of_views(data):
     shape = data.draw(st.sampled_from(SHAPES))
@@ -229,20 +242,15 @@ SYMBOLIC: dict[str, Step] = {
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_symbolic_batch(name):
     step = SYMBOLIC[name]
-    check(lambda x: step(x).clone(), *_batches(), symbolic=True)
+    reached = check(lambda x: step(x).clone(), *_batches(), symbolic=True)
+    assert reached, "the map is right but ends at a view"
 
 
 def _batches() -> tuple[Tensor, Tensor]:
     return tuple(torch.arange(n * 60).view(n, 5, 12) for n in (TRACED, RUN))  # type: ignore
 
 
-def test_what_models_write_is_seen_through_with_a_symbolic_batch():
-    seen = {name: check(lambda x, f=f: f(x).clone(), *_batches(), symbolic=True)
-            for name, f in SYMBOLIC.items()}  # fmt: skip
-    assert all(seen[name] for name in ("heads", "merged", "merged and parted", "pairs", "blocks"))
-
-
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(st.data())
 def test_chain_of_views_behind_a_symbolic_batch(data):
     """A drawn chain on what one batch element holds, with the batch merged in and out."""

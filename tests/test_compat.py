@@ -1,0 +1,205 @@
+"""What compat.py relies on inside torch: if one of these fails, that module is where to look."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from dsv4fuse import compat
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import dsv4fuse
+
+config = torch._inductor.config
+VERSION = tuple(int(v) for v in torch.__version__.split(".")[:2])
+
+
+class Spy(CustomGraphPass):
+    """Keeps what it is called with, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.graphs: list[list[tuple[object, dict]]] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.graphs.append([(n.target, dict(n.meta)) for n in graph.nodes])
+
+    def uuid(self):
+        return None
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8, bias=False)
+        self.register_buffer("cache", torch.zeros(4, 8))
+
+    def forward(self, x):
+        y = torch.view_as_real(torch.view_as_complex(self.inner(x).view(-1, 4, 2)) * 1j)
+        y = y.flatten(1)
+        self.cache[: y.shape[0]] = y
+        y.mul_(2)
+        return y
+
+
+@pytest.fixture
+def inductor():
+    """Compiling with Inductor from scratch, or a skip that says what is missing."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        pytest.skip(f"Inductor finds no C++ compiler: {error}")
+    with compat.without_caches():
+        yield
+
+
+def _hooked(value: object) -> Spy:
+    """The hook as Inductor calls it, set to what ``value`` makes of a spy."""
+    spy = Spy()
+    layer, x = Layer().requires_grad_(False), torch.randn(3, 8)
+    with config.patch(joint_custom_pre_pass=value(spy)), torch.no_grad():  # type: ignore[operator]
+        torch.compile(layer)(x)
+    return spy
+
+
+def test_the_hook_has_its_name():
+    assert hasattr(config, "joint_custom_pre_pass")
+    assert "joint_custom_pre_pass" in inspect.getsource(
+        importlib.import_module("torch._inductor.fx_passes.joint_graph")
+    )
+
+
+@pytest.mark.slow
+def test_the_hook_gets_functional_aten_before_inductors_passes(inductor):
+    spy = _hooked(lambda spy: spy)
+    assert len(spy.graphs) == 1
+    targets = [t for t, _ in spy.graphs[0]]
+    aten = torch.ops.aten
+    # Complex arithmetic is still there, and linear is a plain product.
+    assert aten.view_as_complex.default in targets and aten.view_as_real.default in targets
+    assert not {aten.mul_.Tensor, aten.linear.default} & set(targets)
+    # The one mutation left is the epilogue that brings the new cache home.
+    mutating = [t for t in targets if getattr(getattr(t, "_schema", None), "is_mutable", False)]
+    assert mutating == [aten.copy_.default]
+
+
+@pytest.mark.slow
+def test_nodes_know_their_module_and_their_line(inductor):
+    spy = _hooked(lambda spy: spy)
+    calls = [m for t, m in spy.graphs[0] if isinstance(t, torch._ops.OpOverload)]
+    assert all("stack_trace" in m for m in calls)
+    assert any(__file__ in m["stack_trace"] for m in calls)
+    stacks = [m["nn_module_stack"] for m in calls if "nn_module_stack" in m]
+    assert any("inner" in str(entry) for stack in stacks for entry in stack.values())
+
+
+@pytest.mark.slow
+def test_one_callable_or_a_list(inductor):
+    """2.11 and 2.12 take one callable, which is why ours runs the earlier ones itself."""
+    assert len(_hooked(lambda spy: spy).graphs) == 1
+    if VERSION >= (2, 13):
+        torch._dynamo.reset()
+        assert len(_hooked(lambda spy: [spy]).graphs) == 1
+
+
+def test_earlier_passes_are_composed():
+    first, second = Spy(), Spy()
+    with config.patch(joint_custom_pre_pass=None):
+        assert compat.configured_passes() == []
+    with config.patch(joint_custom_pre_pass=first):
+        assert compat.configured_passes() == [first]
+        ours = dsv4fuse.inductor_pass({"select": "never"})
+    with config.patch(joint_custom_pre_pass=[first, second]):
+        assert compat.configured_passes() == [first, second]
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    ours(graph)
+    assert len(first.graphs) == 1 and not second.graphs
+    assert ours.uuid() is None  # the earlier pass has no identity, so nothing may be cached
+
+
+def test_the_switch_that_keeps_triton_ops_whole_exists():
+    from torch.export._trace import _disable_custom_triton_op_functional_decomposition as switch
+
+    with switch():
+        pass
+
+
+def test_config_patches_reach_the_hook_without_a_global():
+    compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
+    assert "config_patches" in inspect.signature(compile_fx).parameters
+
+
+def test_a_reference_is_traced_to_functional_aten_without_computing():
+    def fn(x):
+        y = x.clone()
+        y[..., ::2] = 0
+        return y.mul_(2)
+
+    graph = compat.trace(fn, [((1 << 20, 1 << 20), torch.float32)])  # 4 TB if it were computed
+    targets = {n.target for n in graph.nodes if n.op == "call_function"}
+    assert not any(t._schema.is_mutable for t in targets)
+    assert torch.ops.aten.slice_scatter.default in targets
+
+
+def test_tracing_works_inside_a_compilation():
+    """The pass runs under AOTAutograd's modes, and must not see them."""
+    seen = []
+
+    def backend(gm, inputs):
+        from torch._functorch.aot_autograd import aot_module_simplified
+
+        def inner(graph_module, _):
+            seen.append(compat.trace(lambda x: x.exp(), [((3,), torch.float32)]))
+            with compat.outside_compilation():
+                assert torch.ones(2).add(1).tolist() == [2.0, 2.0]
+            return graph_module
+
+        return aot_module_simplified(gm, inputs, fw_compiler=inner)
+
+    with torch.no_grad():
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert len(seen) == 1
+
+
+def test_a_symbol_has_a_hint_and_no_guard_is_added():
+    found = []
+
+    def backend(gm, inputs):
+        symbols = [s for x in inputs if isinstance(x, torch.Tensor) for s in x.shape]
+        values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+        values = [s for v in values if isinstance(v, torch.Tensor) for s in v.shape]
+        for s in (*symbols, *values):
+            if isinstance(s, torch.SymInt):
+                before = len(s.node.shape_env.guards)
+                found.append(compat.hint(s))
+                assert len(s.node.shape_env.guards) == before
+        return gm.forward
+
+    x = torch.ones(6, 2)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(lambda x: x + 1, backend=backend)(x)
+    assert set(found) == {6}
+
+
+def test_a_break_is_told_with_its_line():
+    found = []
+
+    def backend(gm, inputs):
+        found.append(compat.graph_break(gm))
+        return gm.forward
+
+    def fn(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(fn, backend=backend)(torch.ones(2))
+    assert found[-1] is None
+    reason, file, line = found[0]
+    assert reason and file == __file__
+    assert line == inspect.getsourcelines(fn)[1] + 2

@@ -1,0 +1,206 @@
+"""Whole models: how many sites are taken in each layer, and that nothing changes by it.
+
+What is compared with: the model under torch's own ``aot_eager_decomp_partition``, which runs the
+graph that the pass is given, node by node, without any of dsv4fuse. It differs from eager by
+Inductor's decompositions alone (softmax, softplus, silu), as plain torch.compile does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common
+from torch._inductor.utils import run_and_get_code
+
+from dsv4fuse import Report, backend
+from examples.deepseek_v4 import PRESETS, Transformer, randomize
+from examples.deepseek_v4.generate import pad
+
+from .test_plain_model import CSA, HCA, SIZES, YARN, caches, error, random_prompts
+
+OURS = {"sliding_attention": "window", CSA: "csa", HCA: "hca"}
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+# Of the largest logit. fp32: silu as exp and division against F.silu; the largest seen is 2e-6.
+# bf16: Inductor's fp32 softmax may turn a rounding to bf16; with that alone 0.012 is seen.
+NEAR = {torch.bfloat16: 0.03, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    """Fused ops run their references: the interpreter takes minutes for a model."""
+    monkeypatch.setattr(_common, "INTERPRETED", False)
+    with torch.no_grad():
+        yield
+
+
+def expected(kinds, **others):
+    """Sites of each fusion in layers of these kinds."""
+    # q and kv of the attention are one site; a compressor is one, the indexer's q and its
+    # compressor are two more.
+    ropes = {"window": 1, "hca": 2, "csa": 4}
+    return {
+        "norm_rope_cache": sum(ropes[kind] for kind in kinds),
+        "clamp_swiglu_quant": 2 * len(kinds),  # routed experts, shared expert
+        "inv_rope_quant": len(kinds),
+        **others,
+    }
+
+
+def fused(fn, kinds, **options):
+    options = {"select": "always", "inner": "eager", "strict": True} | options
+    options["expect"] = expected(kinds)
+    return torch.compile(fn, backend=backend.dsv4fuse, options=options, fullgraph=True)
+
+
+def unfused(fn):
+    return torch.compile(fn, backend="aot_eager_decomp_partition", fullgraph=True)
+
+
+def same(found, wanted, dtype):
+    """bf16 to the bit; in fp32 there is no rounding left that would hide the last bit of silu."""
+    if dtype == torch.bfloat16:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    else:
+        assert error(found, wanted) < NEAR[dtype]
+
+
+# transformers ------------------------------------------------------------------------------------
+
+
+def transformers_model(dtype, folder):
+    """A small model with random weights, loaded from disk in ``dtype`` as a user's would be."""
+    hf = pytest.importorskip("transformers.models.deepseek_v4")
+    sizes = SIZES | dict(
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", CSA, HCA],
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+    )
+    model = hf.DeepseekV4ForCausalLM(hf.DeepseekV4Config(**sizes, rope_parameters=YARN))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.state_dict().items():
+        if name.endswith("tid2eid"):
+            weight.random_(SIZES["n_routed_experts"], generator=generator)
+        elif weight.dim() == 1:  # norms, sinks, biases, hyper-connections
+            weight.normal_(float("norm" in name), 0.3, generator=generator)
+        elif "position_bias" in name:
+            weight.normal_(0.0, 1.0, generator=generator)
+        else:
+            weight.normal_(0.0, 1.5 * weight.shape[-1] ** -0.5, generator=generator)
+    model.save_pretrained(folder)
+    model = hf.DeepseekV4ForCausalLM.from_pretrained(folder, dtype=dtype)
+    # "eager" loops over the experts that were hit, a graph break; grouped_mm is one graph.
+    model.config._experts_implementation = "grouped_mm"
+    return model.eval()
+
+
+@DTYPES
+def test_transformers_prefill(dtype, tmp_path):
+    model = transformers_model(dtype, tmp_path)
+    tokens = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(1))
+    eager = model(tokens, use_cache=False).logits
+    wanted = unfused(model)(tokens, use_cache=False).logits
+    found = fused(model, [OURS[k] for k in model.config.layer_types])(tokens, use_cache=False)
+    same(found.logits, wanted, dtype)
+    assert error(found.logits.float(), eager.float()) < NEAR[dtype]
+    report = Report.of(model)
+    assert report.graphs == 1 and not report.breaks
+    assert all("modeling_deepseek_v4.py" in site.where for site in report.sites)
+
+
+@pytest.mark.slow
+def test_transformers_of_another_version(checkout):
+    """The test above under a second transformers, where there is one (the Makefile makes it)."""
+    other = os.environ.get("DSV4FUSE_TRANSFORMERS_ALT")
+    if not other:
+        pytest.skip("DSV4FUSE_TRANSFORMERS_ALT names no folder with another transformers")
+    other = pathlib.Path(checkout, other).resolve()
+    assert (other / "transformers").is_dir(), f"no transformers in {other}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "DSV4FUSE_"))}
+    env["PYTHONPATH"] = str(other)
+    found = "import transformers; print(transformers.__file__)"
+    run = dict(cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
+    where = subprocess.run([sys.executable, "-c", found], **run).stdout.strip()
+    assert pathlib.Path(where).is_relative_to(other), where
+    only = ("tests/test_models.py", "-k", "test_transformers_prefill")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only]
+    done = subprocess.run(command, **run)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+# The plain model of examples/deepseek_v4 ---------------------------------------------------------
+
+LENGTHS, STEPS = (3, 13, 37), 20
+
+
+def plain_models(dtype, n, **changes):
+    """``n`` models with equal weights and caches of their own."""
+    config = dataclasses.replace(PRESETS["tiny"], norm_eps=1e-2, swiglu_limit=1.0, **changes)
+    made = []
+    torch.set_default_dtype(dtype)
+    try:
+        for _ in range(n):
+            made.append(Transformer(config))
+            randomize(made[-1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return made
+
+
+def roll(prefill, decode):
+    """The logits of prefill and STEPS decode steps; the tokens fed are fixed."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, positions = pad(random_prompts(LENGTHS), "cpu")
+    logits = [prefill(tokens, positions)]
+    for step in range(STEPS):
+        token = torch.randint(97, (len(LENGTHS), 1), generator=generator)
+        logits.append(decode(token, torch.tensor(LENGTHS).unsqueeze(1) + step)[:, 0])
+    return torch.stack(logits)
+
+
+@DTYPES
+def test_plain_model_prefill_and_decode(dtype):
+    ours, bare, eager = plain_models(dtype, 3, layers=("window", "csa", "hca"))
+    for model in (ours, bare, eager):
+        model.allocate(len(LENGTHS), max(LENGTHS) + STEPS)
+    kinds = ours.config.layers
+    found = roll(fused(ours.prefill, kinds), fused(ours.decode, kinds))
+    wanted = roll(unfused(bare.prefill), unfused(bare.decode))
+    same(found, wanted, dtype)
+    assert error(found.float(), roll(eager.prefill, eager.decode).float()) < NEAR[dtype]
+    assert Report.of(ours).counts() == {k: 2 * n for k, n in expected(kinds).items()}
+
+    left = caches(bare)
+    assert len(left) == 3 + 2 * 3 + 3  # windows; csa's and the indexer's compressor, hca's
+    for name, cache in caches(ours).items():
+        # The spare last row takes what must not be kept, in any order.
+        assert left[name].any(), f"{name} was never written"
+        same(cache[:, :-1], left[name][:, :-1], dtype)
+
+
+@pytest.mark.slow
+def test_inductor_writes_the_caches_in_place():
+    (model,) = plain_models(torch.float32, 1, layers=("window", "hca"))
+    model.allocate(2, 16 * 211)
+    rows = {b.shape[1] for n, b in caches(model).items() if n.endswith("entries")}
+    assert rows == {212}, "a number that nothing else in the model has"
+    token, position = torch.tensor([[5], [6]]), torch.tensor([[15], [47]])
+    before = {n: b.clone() for n, b in caches(model).items()}
+    eager = model.decode(token, position)
+    kept = {n: b.clone() for n, b in caches(model).items()}
+    for name, cache in caches(model).items():
+        cache.copy_(before[name])
+    decode = fused(model.decode, model.config.layers, inner="inductor")
+    found, code = run_and_get_code(decode, token, position)
+    assert error(found, eager) < NEAR[torch.float32]
+    for name, cache in caches(model).items():
+        same(cache[:, :-1], kept[name][:, :-1], torch.float32)
+    (source,) = code
+    assert "dsv4fuse" in source
+    made = [line for line in source.splitlines() if "empty_strided" in line and "212" in line]
+    assert not made, f"a cache was copied: {made}"
