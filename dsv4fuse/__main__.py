@@ -76,7 +76,9 @@ def bench(
     fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
     model: Annotated[list[str], typer.Option(help="flash, pro, pro-tp8; may be repeated.")] = ["flash"],  # noqa: B006, E501
     tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
-    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Write it here.")] = "",
+    folder: Annotated[
+        str, typer.Option("--json", metavar="FOLDER", help="Write FUSION.json files there.")
+    ] = "",
 ) -> None:
     """Time each fusion against Inductor on this machine's GPU."""
     import torch
@@ -86,7 +88,7 @@ def bench(
     from dsv4fuse import bench as timing
 
     counts = [int(t) for t in tokens.split(",")]
-    timing.run(fusions or [], model, counts, pathlib.Path(json_file) if json_file else None)
+    timing.run(fusions or [], model, counts, pathlib.Path(folder) if folder else None)
 
 
 @app.command()

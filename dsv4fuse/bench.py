@@ -35,6 +35,7 @@ class Row:
     """Medians in µs; ``agrees`` says whether the fused result equals eager up to rounding."""
 
     fusion: str
+    variant: str
     model: str
     tokens: int
     inductor: float
@@ -47,9 +48,9 @@ class Row:
         return self.ours / self.inductor
 
 
-def measure(fusion: Fusion, model: str, tokens: int) -> Row:
-    """One fusion at one number of tokens. Raises FusionError if the site is not taken."""
-    made = fusion.example(tokens, MODELS[model], "cuda")
+def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
+    """One variant at one number of tokens. Raises FusionError if the site is not taken."""
+    made = fusion.examples[variant](tokens, MODELS[model], "cuda")
     with torch.no_grad():
         wanted = _tensors(made.fn(*made.inputs))
         torch._dynamo.reset()
@@ -62,7 +63,7 @@ def measure(fusion: Fusion, model: str, tokens: int) -> Row:
         times = [_time(lambda f=f: f(*made.inputs)) for f in (plain, fused)]
     rate = BANDWIDTH.get(torch.cuda.get_device_name())
     floor = made.moved / rate * 1e6 if rate else None
-    return Row(fusion.name, model, tokens, *times, floor, agrees)
+    return Row(fusion.name, variant, model, tokens, *times, floor, agrees)
 
 
 def _time(call) -> float:  # noqa: ANN001
@@ -84,28 +85,34 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def run(
     names: Sequence[str], models: Iterable[str], tokens: Iterable[int], path: pathlib.Path | None
 ) -> list[Row]:
-    """Measures, prints a table row as each is done, and writes JSON with GPU, versions, date."""
+    """Measures and prints; writes ``<fusion>.json`` with GPU, versions and date into ``path``."""
     console, rows = Console(), list[Row]()
     fusions = [registry()[n] for n in names or registry()]
+    titles = ("fusion", "variant", "tokens", "Inductor µs", "ours µs", "ratio", "floor µs")
     for model in models:
-        table = Table("fusion", "tokens", "Inductor µs", "ours µs", "ratio", "floor µs", title=model)
-        for fusion in fusions:
+        table = Table(*titles, title=model)
+        for fusion, variant in ((f, v) for f in fusions for v in f.examples):
             for t in tokens:
-                row = measure(fusion, model, t)
+                row = measure(fusion, variant, model, t)
                 rows.append(row)
                 floor = f"{row.floor:.1f}" if row.floor else "?"
                 note = "" if row.agrees else " WRONG"
-                table.add_row(row.fusion + note, str(t), f"{row.inductor:.2f}",
+                table.add_row(row.fusion + note, variant, str(t), f"{row.inductor:.2f}",
                               f"{row.ours:.2f}", f"{row.ratio:.2f}", floor)  # fmt: skip
         console.print(table)
     if path is not None:
-        path.write_text(json.dumps({**environment(), "rows": [asdict(r) for r in rows]}, indent=1))
+        path.mkdir(parents=True, exist_ok=True)
+        for fusion in fusions:
+            own = [asdict(r) for r in rows if r.fusion == fusion.name]
+            text = json.dumps({**environment(), "rows": own}, indent=1)
+            (path / f"{fusion.name}.json").write_text(text + "\n")
     return rows
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, object]:
     return {
         "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dsv4fuse.fusion import Hit, Scene
 from dsv4fuse.match import Bound
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import CODES, SCALES
 
 

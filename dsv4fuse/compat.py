@@ -46,7 +46,8 @@ def trace_fused(fn: Callable[..., Any], fakes: Sequence[Any], *, keep_ops: bool)
     """
     from torch.export._trace import _disable_custom_triton_op_functional_decomposition
 
-    kept = _disable_custom_triton_op_functional_decomposition if keep_ops else contextlib.nullcontext
+    whole = _disable_custom_triton_op_functional_decomposition
+    kept = whole if keep_ops else contextlib.nullcontext
     modes = {x.fake_mode for x in fakes if hasattr(x, "fake_mode")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -58,8 +59,10 @@ def trace_fused(fn: Callable[..., Any], fakes: Sequence[Any], *, keep_ops: bool)
         return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
 
 
-def hint(value: torch.SymInt) -> int:
+def hint(value: int | torch.SymInt) -> int:
     """The number a symbol stood for when the graph was traced; no guard is added."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
     node = value.node
     if node.hint is not None:
         return int(node.hint)

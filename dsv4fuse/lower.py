@@ -7,7 +7,6 @@ else is a load. Results are remembered per (node, map), so a graph costs time li
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dsv4fuse.fusion import Atom, Scene
 from dsv4fuse.match import Pattern
+from dsv4fuse.scene import Atom, Scene
 from dsv4fuse.terms import COMMUTATIVE, Complex, Term, short, show
 
 ALIKE = 0.6  # the part of a reference's operations that must be there to speak of a near miss

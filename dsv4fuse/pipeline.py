@@ -8,10 +8,11 @@ import time
 from torch import fx
 
 from dsv4fuse import compat, rewrite, select, verify
-from dsv4fuse.fusion import Candidate, Scene, registry
+from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options
 from dsv4fuse.report import Report, Site
+from dsv4fuse.scene import Scene
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from dsv4fuse import atoms
-from dsv4fuse.fusion import Atom, Spec
 from dsv4fuse.match import Hole
+from dsv4fuse.scene import Atom, Spec
 from dsv4fuse.terms import Term
 from dsv4fuse.trace import ROWS
 

@@ -1,9 +1,8 @@
-"""What the ATen operations that move or join data mean: maps, casts, pieces."""
+"""What the ATen operations that only move or retype data mean: a map, a cast, a pair."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from dsv4fuse.terms import Complex, Term
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Value = Term | Complex
-# (start, size, step, reader of the piece through a map whose joined axis is the piece's own)
-Piece = tuple[int, int, int, Callable[[Map], Value]]
 
 
 def shape_of(node: fx.Node) -> tuple[Size, ...]:
@@ -209,110 +206,6 @@ def _getitem(low: Lowering, node: fx.Node, m: Map) -> Value:
     return low.read(base, (*m[:axis], maps.affine(m[axis], start), *m[axis + 1 :]))
 
 
-# ---- pieces ------------------------------------------------------------------------------------
-
-
-@means(aten.cat.default)
-def _cat(low: Lowering, node: fx.Node, m: Map) -> Value:
-    tensors, axis = node.args[0], argument(node, 1, "dim", 0) % len(m)
-    pieces: list[Piece] = []
-    start = 0
-    for t in tensors:
-        size = shape_of(t)[axis] if len(shape_of(t)) == len(m) else 0
-        if not isinstance(size, int):
-            raise Opaque
-        if size:
-            pieces.append((start, size, 1, lambda lm, t=t: low.read(t, lm)))  # type: ignore[misc]
-        start += size
-    return _join(low, node, m, axis, pieces)
-
-
-@means(aten.slice_scatter.default)
-def _slice_scatter(low: Lowering, node: fx.Node, m: Map) -> Value:
-    base, source = node.args[:2]
-    axis = argument(node, 2, "dim", 0) % len(m)
-    length = shape_of(base)[axis]
-    start, end, step = slice_range(node, 2, length)
-    if (start, end, step) == (0, length, 1):
-        return low.read(source, m)
-    if not all(isinstance(v, int) for v in (length, start, end)):
-        raise Opaque
-
-    def under(offset: int, stride: int) -> Callable[[Map], Value]:
-        return lambda lm: low.read(
-            base, (*lm[:axis], maps.affine(lm[axis], offset, stride), *lm[axis + 1 :])
-        )
-
-    def over(lm: Map) -> Value:
-        return low.read(source, lm)
-
-    if step == 1:
-        pieces = [(0, start, 1, under(0, 1)), (start, end - start, 1, over)]
-        pieces.append((end, length - end, 1, under(end, 1)))
-        return _join(low, node, m, axis, [p for p in pieces if p[1]])
-    if length % step or start >= step or end + step <= length:
-        raise Opaque
-    ways = [over if j == start else under(j, step) for j in range(step)]
-    return _join(low, node, m, axis, [(j, length // step, step, w) for j, w in enumerate(ways)])
-
-
-@means(aten.select_scatter.default)
-def _select_scatter(low: Lowering, node: fx.Node, m: Map) -> Value:
-    base, source, axis, at = node.args
-    axis %= len(m)
-    length = shape_of(base)[axis]
-    if not (isinstance(length, int) and isinstance(at, int)):
-        raise Opaque
-    at %= length
-
-    def under(offset: int) -> Callable[[Map], Value]:
-        return lambda lm: low.read(
-            base, (*lm[:axis], maps.affine(lm[axis], offset), *lm[axis + 1 :])
-        )
-
-    pieces = [(0, at, 1, under(0))]
-    pieces.append((at, 1, 1, lambda lm: low.read(source, lm[:axis] + lm[axis + 1 :])))
-    pieces.append((at + 1, length - at - 1, 1, under(at + 1)))
-    return _join(low, node, m, axis, [p for p in pieces if p[1]])
-
-
-def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piece]) -> Value:
-    """The node's value through m, for a value made of pieces along its last axis."""
-    if axis != len(m) - 1:
-        raise Opaque  # rows are joined: a new tensor as far as any fusion is concerned
-    i = m[axis]
-    for start, size, step, read in pieces:
-        local = _inside(i, start, size, step)
-        if local is not None:
-            return read((*m[:axis], local))
-    if len(i.terms) != 1 or i.terms[0][0] != 1 or i.offset != 0:
-        raise Opaque
-    digit = i.terms[0][1]
-    if not isinstance(digit.extent, int):
-        raise Opaque
-    if all(p[2] == len(pieces) for p in pieces) and digit.whole:
-        return low.lace(node, m, digit.coord, len(pieces), pieces[0][1])  # strided assignment
-    if digit.div == 1 and not digit.whole and all(p[1] == 1 for p in pieces):
-        return low.lace(node, m, digit.coord, len(pieces), digit.extent // len(pieces))  # stack
-    if digit.div * digit.size != digit.extent:
-        raise Opaque
-    cuts = [(start * digit.div, size * digit.div) for start, size, _, _ in pieces]
-    return low.cat(node, m, digit.coord, cuts)
-
-
-def _inside(i: Index, start: int, size: int, step: int) -> Index | None:
-    """i as an index of one piece, or None when it does not stay in the piece."""
-    if step == 1:
-        low, high = maps.bounds(i)
-        if maps.at_least_zero(low - start) and maps.at_least_zero(start + size - 1 - high):
-            return maps.affine(i, -start)
-        return None
-    parts = maps.split(i, step)
-    if parts is None or parts[1] != Index(start):
-        return None
-    return parts[0]
-
-
 # ---- complex values are pairs of real ones -----------------------------------------------------
 
 
@@ -322,20 +215,6 @@ def _view_as_complex(low: Lowering, node: fx.Node, m: Map) -> Value:
     if not all(isinstance(p, Term) for p in parts):
         raise Opaque
     return Complex(*parts)  # type: ignore[arg-type]
-
-
-@means(aten.view_as_real.default)
-def _view_as_real(low: Lowering, node: fx.Node, m: Map) -> Value:
-    def part(name: str) -> Callable[[Map], Value]:
-        def read(lm: Map) -> Value:
-            value = low.read(node.args[0], lm[:-1])
-            if not isinstance(value, Complex):
-                raise Opaque
-            return getattr(value, name)
-
-        return read
-
-    return _join(low, node, m, len(m) - 1, [(0, 1, 1, part("re")), (1, 1, 1, part("im"))])
 
 
 @means(aten._conj.default, aten._conj_physical.default, aten.conj_physical.default)

@@ -108,7 +108,7 @@ def _silu_newton(x):
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
     )
     q = x * r
-    return tl.fma(tl.fma(q, d, -x), -r, q)  # negating r keeps the sign of a zero
+    return tl.fma(tl.fma(q, d, -x), r * -1.0, q)  # negating r keeps the sign of a zero
 
 
 @triton.jit
@@ -181,8 +181,9 @@ def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
             r = tl.div_rn(1.0, s)
             s = tl.where(s == float("inf"), 1.0, s)  # then r = 0: finite / inf 0, inf / inf NaN
             q = x * r
-            q = tl.fma(tl.fma(q, s, -x), -r, q)  # negating r, not the residual (which the
-            return tl.fma(tl.fma(q, s, -x), -r, q)  # compiler folds), keeps the sign of a zero
+            back = r * -1.0  # a true sign flip, of zeros too: Triton's unary minus is 0 - r
+            q = tl.fma(tl.fma(q, s, -x), back, q)
+            return tl.fma(tl.fma(q, s, -x), back, q)
 
 
 @triton.jit

@@ -7,12 +7,16 @@ groups along I. Seed: ATOM's expert activation; DeepSeek's reference; transforme
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx
 
 from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, quantised
-from dsv4fuse.fusion import Candidate, Example, Fusion, Hit, Scene, Sizes, arrange
+from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
+from dsv4fuse.layout import arrange
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import CODES, SCALES, SWIGLU
 
 
@@ -46,6 +50,8 @@ def _candidate(hit: Hit, quant: Quantised | None, numerics: str) -> Candidate:
         inputs,
         call,
         outputs,
+        variant="quant" if quant else "plain",
+        tokens=hit.node.meta["val"].shape[:-1].numel(),
         unsupported=quant.unsupported if quant else None,
         loose=hit.env.loose | (quant.loose if quant else frozenset()),
         detail={"parts": " → ".join(s for s in steps if s)},
@@ -69,17 +75,18 @@ def _call(
     return quant.shaped(codes, scales, [*lead, width])
 
 
-def example(tokens: int, sizes: Sizes, device: str) -> Example:
-    """A packed bf16 ``[T, 2·I]``, limit 10, codes in groups of 128 with raw fp32 scales."""
+def example(tokens: int, sizes: Sizes, device: str, quant: bool) -> Example:
+    """A packed bf16 ``[T, 2·I]``, limit 10; codes in groups of 128 with raw fp32 scales."""
 
-    def fn(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    def fn(gate_up: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         gate, up = gate_up.chunk(2, dim=-1)
         y = atoms.clamp_swiglu(gate, up, None, limit=10.0, rounding="silu")
-        return atoms.group_quant(y, group=128, floor=1e-10, scale="fp32")
+        return atoms.group_quant(y, group=128, floor=1e-10, scale="fp32") if quant else y
 
     x = torch.randn(tokens, 2 * sizes.inter, device=device, dtype=torch.bfloat16) * 4
-    moved = x.nbytes + tokens * sizes.inter + 4 * tokens * sizes.inter // 128
-    return Example(fn, (x,), moved)
+    written = sizes.inter + sizes.inter // 32 if quant else 2 * sizes.inter
+    return Example(fn, (x,), x.nbytes + tokens * written)
 
 
-FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES), example)
+EXAMPLES = {"quant": partial(example, quant=True), "plain": partial(example, quant=False)}
+FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES), EXAMPLES)

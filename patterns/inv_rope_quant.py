@@ -8,26 +8,17 @@ e4m3 codes of groups of heads ``[.., G, H/G·D]`` and their scales. Seed: Tensor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, quantised
-from dsv4fuse.fusion import (
-    Candidate,
-    Example,
-    Fusion,
-    Hit,
-    Order,
-    Scene,
-    Sizes,
-    arrange,
-    head_order,
-    restore,
-    undecided,
-)
+from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
+from dsv4fuse.layout import Order, arrange, head_order, restore, token_count
 from dsv4fuse.match import Bound
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import CODES, INVERSE_ROPE, SCALES
 
 
@@ -95,6 +86,8 @@ def _candidate(
         inputs,
         call,
         outputs,
+        variant="quant" if quant else "plain",
+        tokens=token_count(hit.node, order),
         unsupported=quant.unsupported if quant else None,
         loose=hit.env.loose | (quant.loose if quant else frozenset()),
         detail={"parts": steps},
@@ -131,18 +124,19 @@ def _call(
     return quant.shaped(codes, scales, [*lead, *axis, codes.shape[-1]])
 
 
-def example(tokens: int, sizes: Sizes, device: str) -> Example:
+def example(tokens: int, sizes: Sizes, device: str, quant: bool) -> Example:
     """o ``[T, H, D]`` bf16, fp32 tables; codes ``[T, G, H/G·D]``, raw fp32 scales per 128."""
 
-    def fn(o: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def fn(o: Tensor, cos: Tensor, sin: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         o = atoms.rope(o, cos.unsqueeze(1), sin.unsqueeze(1), inverse=True, rounding="once")
         grouped = o.view(o.shape[0], sizes.groups, -1)
-        return atoms.group_quant(grouped, group=128, floor=1e-10, scale="fp32")
+        return atoms.group_quant(grouped, group=128, floor=1e-10, scale="fp32") if quant else o
 
     o = torch.randn(tokens, sizes.heads, sizes.head_dim, device=device, dtype=torch.bfloat16)
     angle = torch.rand(tokens, sizes.rope_dim // 2, device=device)
-    moved = o.nbytes + o.numel() + o.numel() // 32 + 2 * angle.nbytes
-    return Example(fn, (o, angle.cos(), angle.sin()), moved)
+    written = o.numel() + o.numel() // 32 if quant else o.nbytes
+    return Example(fn, (o, angle.cos(), angle.sin()), o.nbytes + written + 2 * angle.nbytes)
 
 
-FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES, SCALES), example)
+EXAMPLES = {"quant": partial(example, quant=True), "plain": partial(example, quant=False)}
+FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES, SCALES), EXAMPLES)

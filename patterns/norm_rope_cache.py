@@ -9,29 +9,18 @@ Seed: ATOM's ``fused_reduce_q_norm_qk_rope_swa_write``; DeepSeek's reference; tr
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from dsv4fuse import atoms, maps
 from dsv4fuse.chains import divides_by_product
-from dsv4fuse.fusion import (
-    Candidate,
-    Example,
-    Fusion,
-    Hit,
-    Order,
-    Scene,
-    Sizes,
-    arrange,
-    head_order,
-    restore,
-    through,
-    undecided,
-)
+from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
+from dsv4fuse.layout import Order, arrange, head_order, restore, through, token_count
 from dsv4fuse.match import Bound
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import QUANT_LEAD, RMS_NORM, ROPE
 from dsv4fuse.writes import Place, Write, written
 
@@ -177,10 +166,18 @@ def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Ca
         (write.cache,) if write else (),
         (write.node,) if write else (),
         _extents(kv) if kv else {},
+        variant=_variant(q, kv),
+        tokens=token_count(legs[0].root, legs[0].order),
         unsupported=divides_by_product(kv.quant.arguments) if kv and kv.quant else None,
         loose=frozenset().union(*(leg.loose for leg in legs)),
         detail=_detail(q, kv),
     )
+
+
+def _variant(q: Leg | None, kv: Leg | None) -> str:
+    if kv is None:
+        return "q" if q is not None and q.norm else "q rope"
+    return ("kv" if q is None else "q+kv") + (" cache" if kv.write else "")
 
 
 def _bounds(leg: Leg) -> list[tuple[str, Bound]]:
@@ -296,26 +293,43 @@ def _place_arguments(kv: Leg, given: dict[str, Tensor], tokens: torch.Size) -> d
     return out
 
 
-def example(tokens: int, sizes: Sizes, device: str) -> Example:
-    """q ``[T, H, D]`` and kv ``[T, D]`` bf16, fp32 tables, a cache with a slot for each token."""
+def example(
+    tokens: int, sizes: Sizes, device: str, heads: bool, row: bool, norm: bool, write: bool
+) -> Example:
+    """q ``[T, H, D]``, kv ``[T, D]`` bf16, fp32 tables, a cache with a slot for each token."""
 
-    def fn(q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, w: Tensor, cache: Tensor, slot: Tensor):  # noqa: E501, ANN202
-        q = atoms.rms_norm(q, None, eps=1e-6, rounding="once")
-        kv = atoms.rms_norm(kv, w, eps=1e-6, rounding="once")
-        kv = atoms.rope(kv, cos, sin, rounding="once")
-        cache[slot] = kv
-        return atoms.rope(q, cos.unsqueeze(1), sin.unsqueeze(1), rounding="once"), kv
+    def one(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = atoms.rms_norm(x, w, eps=1e-6, rounding="once") if norm else x
+        return atoms.rope(x, cos, sin, rounding="once")
+
+    def fn(
+        q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, w: Tensor, cache: Tensor, slot: Tensor
+    ) -> list[Tensor]:
+        outs = [one(q, None, cos.unsqueeze(1), sin.unsqueeze(1))] if heads else []
+        if row:
+            outs.append(one(kv, w, cos, sin))
+        if write:
+            cache[slot] = outs[-1]
+        return outs
 
     bf16 = dict(device=device, dtype=torch.bfloat16)
-    half = sizes.rope_dim // 2
     q = torch.randn(tokens, sizes.heads, sizes.head_dim, **bf16)
     kv = torch.randn(tokens, sizes.head_dim, **bf16)
-    angle = torch.rand(tokens, half, device=device)
+    angle = torch.rand(tokens, sizes.rope_dim // 2, device=device)
     weight = torch.rand(sizes.head_dim, device=device)
     cache = torch.zeros(max(tokens, sizes.window), sizes.head_dim, **bf16)
     slot = torch.randperm(len(cache), device=device)[:tokens]
-    moved = 2 * q.nbytes + 3 * kv.nbytes + 2 * angle.nbytes + weight.nbytes + slot.nbytes
+    moved = 2 * q.nbytes * heads + kv.nbytes * (2 * row + write) + 2 * angle.nbytes
     return Example(fn, (q, kv, angle.cos(), angle.sin(), weight, cache, slot), moved)
 
 
-FUSION = Fusion(NAME, find, (QUANT_LEAD, ROPE, RMS_NORM), example)
+# Of each variant: is there q, kv, a norm, a cache write. A rope alone is also the indexer's q.
+EXAMPLES = {
+    "q+kv cache": partial(example, heads=True, row=True, norm=True, write=True),
+    "q+kv": partial(example, heads=True, row=True, norm=True, write=False),
+    "q": partial(example, heads=True, row=False, norm=True, write=False),
+    "q rope": partial(example, heads=True, row=False, norm=False, write=False),
+    "kv cache": partial(example, heads=False, row=True, norm=True, write=True),
+    "kv": partial(example, heads=False, row=True, norm=True, write=False),
+}
+FUSION = Fusion(NAME, find, (QUANT_LEAD, ROPE, RMS_NORM), EXAMPLES)

@@ -7,11 +7,11 @@ import inspect
 
 import pytest
 import torch
-from dsv4fuse import compat
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import dsv4fuse
+from dsv4fuse import compat
 
 config = torch._inductor.config
 VERSION = tuple(int(v) for v in torch.__version__.split(".")[:2])

@@ -8,11 +8,6 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from dsv4fuse import maps
-from dsv4fuse.fusion import Scene  # importing it registers what views mean
-from dsv4fuse.lower import Lowering
-from dsv4fuse.maps import Map, Size
-from dsv4fuse.terms import Term
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -25,6 +20,12 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+
+from dsv4fuse import maps
+from dsv4fuse.fusion import Scene  # importing it registers what views mean
+from dsv4fuse.lower import Lowering
+from dsv4fuse.maps import Map, Size
+from dsv4fuse.terms import Term
 
 assert Scene
 Step = Callable[[Tensor], Tensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,8 +74,9 @@ def same(found, wanted, dtype):
 # transformers ------------------------------------------------------------------------------------
 
 
-def transformers_model(dtype, folder):
-    """A small model with random weights, loaded from disk in ``dtype`` as a user's would be."""
+def transformers_model(dtype, loaded_from=None):
+    """A small model with random weights in ``dtype``; by way of a folder it keeps in fp32 what
+    transformers keeps when it loads a model, such as the weights of the norms."""
     hf = pytest.importorskip("transformers.models.deepseek_v4")
     sizes = SIZES | dict(
         num_hidden_layers=3,
@@ -92,22 +94,32 @@ def transformers_model(dtype, folder):
             weight.normal_(0.0, 1.0, generator=generator)
         else:
             weight.normal_(0.0, 1.5 * weight.shape[-1] ** -0.5, generator=generator)
-    model.save_pretrained(folder)
-    model = hf.DeepseekV4ForCausalLM.from_pretrained(folder, dtype=dtype)
+    if loaded_from is None:
+        model.to(dtype)
+    else:
+        model.save_pretrained(loaded_from)
+        model = hf.DeepseekV4ForCausalLM.from_pretrained(loaded_from, dtype=dtype)
     # "eager" loops over the experts that were hit, a graph break; grouped_mm is one graph.
     model.config._experts_implementation = "grouped_mm"
     return model.eval()
 
 
-@DTYPES
-def test_transformers_prefill(dtype, tmp_path):
-    model = transformers_model(dtype, tmp_path)
+@pytest.mark.parametrize("made", ["bf16", "fp32", "bf16-loaded"])
+def test_transformers_prefill(made, tmp_path):
+    dtype = torch.float32 if made == "fp32" else torch.bfloat16
+    model = transformers_model(dtype, tmp_path if made == "bf16-loaded" else None)
     tokens = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(1))
-    eager = model(tokens, use_cache=False).logits
+    try:
+        eager = model(tokens, use_cache=False).logits
+    except RuntimeError as failure:  # 5.17 mixes fp32 norms into bf16 without a cast
+        if made != "bf16-loaded" or "same dtype" not in str(failure):
+            raise
+        pytest.skip(f"this transformers cannot run what it loads in bf16: {failure}")
     wanted = unfused(model)(tokens, use_cache=False).logits
-    found = fused(model, [OURS[k] for k in model.config.layer_types])(tokens, use_cache=False)
-    same(found.logits, wanted, dtype)
-    assert error(found.logits.float(), eager.float()) < NEAR[dtype]
+    kinds = [OURS[kind] for kind in model.config.layer_types]
+    found = fused(model, kinds)(tokens, use_cache=False).logits
+    same(found, wanted, dtype)
+    assert error(found.float(), eager.float()) < NEAR[dtype]
     report = Report.of(model)
     assert report.graphs == 1 and not report.breaks
     assert all("modeling_deepseek_v4.py" in site.where for site in report.sites)
@@ -130,7 +142,8 @@ def test_transformers_of_another_version(checkout):
     only = ("tests/test_models.py", "-k", "test_transformers_prefill")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only]
     done = subprocess.run(command, **run)
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    assert "2 passed" in done.stdout or "3 passed" in done.stdout, done.stdout
 
 
 # The plain model of examples/deepseek_v4 ---------------------------------------------------------
@@ -140,7 +153,8 @@ LENGTHS, STEPS = (3, 13, 37), 20
 
 def plain_models(dtype, n, **changes):
     """``n`` models with equal weights and caches of their own."""
-    config = dataclasses.replace(PRESETS["tiny"], norm_eps=1e-2, swiglu_limit=1.0, **changes)
+    plain = dict(norm_eps=1e-2, swiglu_limit=1.0, n_mtp_layers=0)
+    config = dataclasses.replace(PRESETS["tiny"], **plain, **changes)
     made = []
     torch.set_default_dtype(dtype)
     try:
@@ -185,7 +199,7 @@ def test_plain_model_prefill_and_decode(dtype):
 
 @pytest.mark.slow
 def test_inductor_writes_the_caches_in_place():
-    (model,) = plain_models(torch.float32, 1, layers=("window", "hca"))
+    (model,) = plain_models(torch.float32, 1, layers=("window", "hca"), window=29)
     model.allocate(2, 16 * 211)
     rows = {b.shape[1] for n, b in caches(model).items() if n.endswith("entries")}
     assert rows == {212}, "a number that nothing else in the model has"
@@ -202,5 +216,7 @@ def test_inductor_writes_the_caches_in_place():
         same(cache[:, :-1], kept[name][:, :-1], torch.float32)
     (source,) = code
     assert "dsv4fuse" in source
-    made = [line for line in source.splitlines() if "empty_strided" in line and "212" in line]
-    assert not made, f"a cache was copied: {made}"
+    made = [eval(shape) for shape in re.findall(r"empty_strided\w*\((\([\d, ]+\)),", source)]
+    shapes = {tuple(cache.shape) for cache in caches(model).values()}
+    copied = [shape for shape in made if shape in shapes or 212 in shape]
+    assert made and not copied, f"a cache was copied: {copied}"

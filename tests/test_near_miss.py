@@ -12,10 +12,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from dsv4fuse.report import Site
 from torch import Tensor
 
 import dsv4fuse
+from dsv4fuse.report import Site
 
 from .spellings._case import EPS, Draw
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4fuse import rules
-from dsv4fuse.lower import Lowering
-from dsv4fuse.terms import Term
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dsv4fuse import rules
+from dsv4fuse.lower import Lowering
+from dsv4fuse.terms import Term
 
 E4M3, BF16, FP16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16
 FP32, FP64 = torch.float32, torch.float64

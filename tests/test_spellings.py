@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4fuse.backend import dsv4fuse as backend
-from dsv4fuse.fusion import registry
 from dsv4fuse.kernels import _common as common
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dsv4fuse import Report, ops
+from dsv4fuse.backend import dsv4fuse as backend
+from dsv4fuse.fusion import registry
 
 from .spellings._case import Case
 

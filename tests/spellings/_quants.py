@@ -50,11 +50,8 @@ VARIANTS: dict[str, dict[str, Piece]] = {
     "widened_first": dict(blocks=lambda x, g: x.float().unflatten(-1, (-1, g))),
     # block maxima
     "float_after_abs": dict(amax=lambda b: b.abs().float().amax(-1, keepdim=True)),
-    "float_after_amax": dict(amax=lambda b: b.abs().amax(-1, keepdim=True).float()),
     "functions": dict(amax=lambda b: torch.amax(torch.abs(b.float()), dim=-1, keepdim=True)),
     "no_keepdim": dict(amax=lambda b: b.float().abs().amax(dim=-1).unsqueeze(-1)),
-    "max_values": dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).values),
-    "max_first": dict(amax=lambda b: b.float().abs().max(-1, True)[0]),
     "infinity_norm": dict(
         amax=lambda b: torch.linalg.vector_norm(b.float(), ord=torch.inf, dim=-1)[..., None]
     ),
@@ -62,15 +59,12 @@ VARIANTS: dict[str, dict[str, Piece]] = {
     "clamp": dict(floor=lambda a: a.clamp(min=FLOOR)),
     "maximum": dict(floor=lambda a: torch.maximum(a, torch.full_like(a, FLOOR))),
     "clip": dict(floor=lambda a: torch.clip(a, FLOOR)),
-    "where": dict(floor=lambda a: torch.where(a < FLOOR, FLOOR, a)),
     "no_floor": dict(floor=lambda a: a),
     # scales
     "times_inverse": dict(scale=lambda a: a * (1.0 / MAX)),
     "pow2": dict(scale=_pow2),
     "pow2_methods": dict(scale=lambda a: (a / MAX).log2().ceil().exp2()),
     "pow2_times_inverse": dict(scale=lambda a: (a * (1 / MAX)).log2().ceil().exp2()),
-    "pow2_by_pow": dict(scale=lambda a: torch.pow(2.0, torch.ceil(torch.log2(a / MAX)))),
-    "pow2_by_stars": dict(scale=lambda a: 2 ** (a / MAX).log2().ceil()),
     # codes
     "not_saturated": dict(codes=lambda b, s: (b.float() / s).to(FP8)),
     "clamped_in_two": dict(
@@ -86,6 +80,30 @@ VARIANTS: dict[str, dict[str, Piece]] = {
     ),
 }
 MISSES: dict[str, tuple[dict[str, Piece], str]] = {
+    "float_after_amax": (
+        dict(amax=lambda b: b.abs().amax(-1, keepdim=True).float()),
+        "a widening behind the maximum does not meet one in front of it",
+    ),
+    "max_values": (
+        dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).values),
+        "max with indices is opaque",
+    ),
+    "max_first": (
+        dict(amax=lambda b: b.float().abs().max(-1, True)[0]),
+        "max with indices is opaque",
+    ),
+    "where": (
+        dict(floor=lambda a: torch.where(a < FLOOR, FLOOR, a)),
+        "the bound of where is a scalar_tensor, which is opaque",
+    ),
+    "pow2_by_pow": (
+        dict(scale=lambda a: torch.pow(2.0, torch.ceil(torch.log2(a / MAX)))),
+        "pow of a number is opaque",
+    ),
+    "pow2_by_stars": (
+        dict(scale=lambda a: 2 ** (a / MAX).log2().ceil()),
+        "pow of a number is opaque",
+    ),
     "reciprocal": (
         dict(codes=lambda b, s: (b.float() * s.reciprocal()).clamp(-MAX, MAX).to(FP8)),
         "the kernel divides; a product with the rounded reciprocal differs, so it is declined",

@@ -1,4 +1,4 @@
-"""Rope on the trailing interleaved pairs as people write it, and edits that break it.
+"""Rope on the trailing interleaved pairs as people write it, see _rope_mutants.py for edits that break it.
 
 ``rope(x, cos, sin)``, cos and sin ``[..., R/2]`` in fp32 broadcasting against x's leading axes;
 those in COMPLEX take ``rope(x, freqs)``. The inverse is the same with −sin, or the conjugate.
@@ -7,7 +7,6 @@ those in COMPLEX take ``rope(x, freqs)``. The inverse is the same with −sin, o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +16,22 @@ REAL: dict[str, Rope] = {}
 COMPLEX: dict[str, Rope] = {}
 EVERY: dict[str, Rope] = {}  # tables and arithmetic in x's dtype
 MISSES: dict[str, tuple[Rope, str]] = {}
-MUTANTS: dict[str, Rope] = {}  # of slices_and_stack
-# What is left of a rope in these: one with other tables, or one of other lanes without their norm.
-STILL_ROPES = {
-    "cos_and_sin_exchanged": "norm",
-    "leading_lanes": "Q: rope",
-    "nope_from_elsewhere": "Q: rope",
-    "lanes_before_the_rope": "Q: rope",
-}
 
 
-def _in(table: dict[str, Rope]) -> Callable[[Rope], Rope]:
-    def register(fn: Rope) -> Rope:
+def register(table: dict[str, Rope]) -> Callable[[Rope], Rope]:
+    def enter(fn: Rope) -> Rope:
         table[fn.__name__.strip("_")] = fn
         return fn
 
-    return register
+    return enter
 
 
-def _cut(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+def cut(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
     rd = 2 * cos.shape[-1]
     return x[..., :-rd], x[..., -rd:]
 
 
-def _turn(even: Tensor, odd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def turn(even: Tensor, odd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return even * cos - odd * sin, odd * cos + even * sin
 
 
@@ -48,15 +39,15 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
-@_in(REAL)
+@register(REAL)
 def slices_and_stack(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     r = r.float()
-    turned = torch.stack(_turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
+    turned = torch.stack(turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
     return torch.cat((nope, turned.to(x.dtype)), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def hf(x, cos, sin):
     cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
     nope, r = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
@@ -64,7 +55,7 @@ def hf(x, cos, sin):
     return torch.cat([nope, turned], dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def doubled_by_stack(x, cos, sin):
     cos, sin = (torch.stack((t, t), dim=-1).flatten(-2) for t in (cos, sin))
     nope, r = x.split([x.shape[-1] - cos.shape[-1], cos.shape[-1]], dim=-1)
@@ -73,117 +64,117 @@ def doubled_by_stack(x, cos, sin):
     return torch.cat((nope, (r.float() * cos + half * sin).to(x.dtype)), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def unflatten_unbind(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     even, odd = r.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack(_turn(even, odd, cos, sin), dim=-1).flatten(-2)
+    turned = torch.stack(turn(even, odd, cos, sin), dim=-1).flatten(-2)
     return torch.cat((nope, turned.to(x.dtype)), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def chunk_of_pairs(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     even, odd = r.float().unflatten(-1, (-1, 2)).chunk(2, dim=-1)
-    turned = torch.cat(_turn(even, odd, cos.unsqueeze(-1), sin.unsqueeze(-1)), dim=-1)
+    turned = torch.cat(turn(even, odd, cos.unsqueeze(-1), sin.unsqueeze(-1)), dim=-1)
     return torch.cat((nope, turned.flatten(-2).to(x.dtype)), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def split_of_pairs(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     even, odd = r.float().reshape(*r.shape[:-1], -1, 2).split(1, dim=-1)
-    a, b = _turn(even.squeeze(-1), odd.squeeze(-1), cos, sin)
+    a, b = turn(even.squeeze(-1), odd.squeeze(-1), cos, sin)
     return torch.cat((nope, torch.stack((a, b), -1).reshape(r.shape).to(x.dtype)), -1)
 
 
-@_in(REAL)
+@register(REAL)
 def view_pairs(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     pairs = r.float().contiguous().view(*r.shape[:-1], -1, 2)
-    a, b = _turn(pairs[..., 0], pairs[..., 1], cos, sin)
+    a, b = turn(pairs[..., 0], pairs[..., 1], cos, sin)
     return torch.cat((nope, torch.stack((a, b), -1).view(r.shape).type_as(x)), -1)
 
 
-@_in(REAL)
+@register(REAL)
 def select_pairs(x, cos, sin):
     rd = 2 * cos.shape[-1]
     pairs = x.narrow(-1, x.shape[-1] - rd, rd).float().unflatten(-1, (-1, 2))
-    a, b = _turn(pairs.select(-1, 0), pairs.select(-1, 1), cos, sin)
+    a, b = turn(pairs.select(-1, 0), pairs.select(-1, 1), cos, sin)
     turned = torch.stack([a, b], dim=-1).flatten(-2, -1).to(x.dtype)
     return torch.cat([x.narrow(-1, 0, x.shape[-1] - rd), turned], dim=-1)
 
 
 def _transposed_pairs(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     rows = r.float().unflatten(-1, (-1, 2)).transpose(-1, -2)
-    a, b = _turn(rows[..., 0, :], rows[..., 1, :], cos, sin)
+    a, b = turn(rows[..., 0, :], rows[..., 1, :], cos, sin)
     turned = torch.stack((a, b), dim=-2).transpose(-1, -2).flatten(-2)
     return torch.cat((nope, turned.to(x.dtype)), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def slices_of_the_whole(x, cos, sin):
     start = x.shape[-1] - 2 * cos.shape[-1]
-    a, b = _turn(x[..., start::2].float(), x[..., start + 1 :: 2].float(), cos, sin)
+    a, b = turn(x[..., start::2].float(), x[..., start + 1 :: 2].float(), cos, sin)
     return torch.cat((x[..., :start], torch.stack((a, b), -1).flatten(-2).to(x.dtype)), -1)
 
 
 def _strided_assignment(x, cos, sin):
     out, start = x.clone(), x.shape[-1] - 2 * cos.shape[-1]
-    a, b = _turn(x[..., start::2].float(), x[..., start + 1 :: 2].float(), cos, sin)
+    a, b = turn(x[..., start::2].float(), x[..., start + 1 :: 2].float(), cos, sin)
     out[..., start::2] = a.to(x.dtype)
     out[..., start + 1 :: 2] = b.to(x.dtype)
     return out
 
 
-@_in(REAL)
+@register(REAL)
 def assignment_into_empty(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     out = torch.empty_like(r)
-    out[..., 0::2], out[..., 1::2] = _turn(r[..., 0::2].float(), r[..., 1::2].float(), cos, sin)
+    out[..., 0::2], out[..., 1::2] = turn(r[..., 0::2].float(), r[..., 1::2].float(), cos, sin)
     return torch.cat((nope, out), dim=-1)
 
 
-@_in(REAL)
+@register(REAL)
 def copy_into_the_slice(x, cos, sin):
     x = x.clone()
     r = x[..., -2 * cos.shape[-1] :]
     even, odd = r.float().unflatten(-1, (-1, 2)).unbind(-1)
-    r.copy_(torch.stack(_turn(even, odd, cos, sin), dim=-1).flatten(-2))
+    r.copy_(torch.stack(turn(even, odd, cos, sin), dim=-1).flatten(-2))
     return x
 
 
-@_in(REAL)
+@register(REAL)
 def assignment_into_the_slice(x, cos, sin):
     x, rd = x.clone(), 2 * cos.shape[-1]
     wide = x[..., -rd:].float()
-    a, b = _turn(wide[..., ::2], wide[..., 1::2], cos, sin)
+    a, b = turn(wide[..., ::2], wide[..., 1::2], cos, sin)
     x[..., -rd:] = torch.stack((a, b), dim=-1).flatten(-2).to(x.dtype)
     return x
 
 
-@_in(REAL)
+@register(REAL)
 def methods_and_commuted(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     even, odd = r[..., ::2].float(), r[..., 1::2].float()
     a = torch.sub(cos.mul(even), sin.mul(odd))
     b = torch.add(sin * even, cos * odd)
     return torch.cat((nope, torch.stack((a, b), -1).flatten(-2).to(x.dtype)), -1)
 
 
-@_in(REAL)
+@register(REAL)
 def minus_one(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     even, odd = r[..., ::2].float(), r[..., 1::2].float()
     a = even * cos + (odd * -1) * sin
     b = odd * cos + even * sin
     return torch.cat((nope, torch.stack((a, b), -1).flatten(-2).to(x.dtype)), -1)
 
 
-@_in(REAL)
+@register(REAL)
 def sum_of_pairs(x, cos, sin):
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     pairs = r.float().unflatten(-1, (-1, 2))
     a = (pairs * torch.stack((cos, -sin), dim=-1)).sum(-1)
     b = (pairs * torch.stack((sin, cos), dim=-1)).sum(-1)
@@ -193,7 +184,7 @@ def sum_of_pairs(x, cos, sin):
 # ---- complex -----------------------------------------------------------------------------------
 
 
-@_in(COMPLEX)
+@register(COMPLEX)
 def reference(x, freqs):
     x = x.clone()
     y = x[..., -2 * freqs.shape[-1] :]
@@ -202,16 +193,16 @@ def reference(x, freqs):
     return x
 
 
-@_in(COMPLEX)
+@register(COMPLEX)
 def complex_cat(x, freqs):
-    nope, r = _cut(x, freqs)
+    nope, r = cut(x, freqs)
     z = torch.view_as_complex(r.float().reshape(*r.shape[:-1], -1, 2))
     return torch.cat((nope, torch.view_as_real(z * freqs).flatten(-2).type_as(x)), dim=-1)
 
 
-@_in(COMPLEX)
+@register(COMPLEX)
 def complex_swapped(x, freqs):
-    nope, r = _cut(x, freqs)
+    nope, r = cut(x, freqs)
     z = torch.view_as_complex(r.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.cat((nope, torch.view_as_real(freqs * z).reshape(r.shape).to(x.dtype)), dim=-1)
 
@@ -219,14 +210,14 @@ def complex_swapped(x, freqs):
 # ---- in the activation's dtype -----------------------------------------------------------------
 
 
-@_in(EVERY)
+@register(EVERY)
 def narrow_slices(x, cos, sin):
-    nope, r = _cut(x, cos)
-    turned = torch.stack(_turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
+    nope, r = cut(x, cos)
+    turned = torch.stack(turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
     return torch.cat((nope, turned), dim=-1)
 
 
-@_in(EVERY)
+@register(EVERY)
 def narrow_rotate_half(x, cos, sin):
     cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
     nope, r = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
@@ -237,7 +228,7 @@ def narrow_rotate_half(x, cos, sin):
 
 
 def _matrix(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    nope, r = _cut(x, cos)
+    nope, r = cut(x, cos)
     m = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
     pairs = r.float().unflatten(-1, (-1, 2)).unsqueeze(-1)
     return torch.cat((nope, (m @ pairs).squeeze(-1).flatten(-2).to(x.dtype)), -1)
@@ -261,75 +252,3 @@ MISSES["strided_assignment"] = (
     "a strided assignment is read where it covers the whole axis, not behind the nope lanes",
 )
 MISSES["gathered_half"] = (_gathered_half, "lanes picked through an index tensor are opaque")
-
-
-# ---- mutants of slices_and_stack ---------------------------------------------------------------
-
-
-def _pairs(turn: Callable[..., Any]) -> Rope:
-    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        nope, r = _cut(x, cos)
-        r = r.float()
-        turned = torch.stack(turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
-        return torch.cat((nope, turned.to(x.dtype)), dim=-1)
-
-    return rope
-
-
-MUTANTS["even_and_odd_swapped"] = _pairs(lambda e, o, c, s: (o * c - e * s, e * c + o * s))
-MUTANTS["results_swapped"] = _pairs(lambda e, o, c, s: (o * c + e * s, e * c - o * s))
-MUTANTS["sign_of_one_sine"] = _pairs(lambda e, o, c, s: (e * c + o * s, o * c + e * s))
-MUTANTS["sign_of_the_other_sine"] = _pairs(lambda e, o, c, s: (e * c - o * s, o * c - e * s))
-MUTANTS["cos_and_sin_exchanged"] = _pairs(lambda e, o, c, s: (e * s - o * c, o * s + e * c))
-MUTANTS["one_cos_is_sin"] = _pairs(lambda e, o, c, s: (e * c - o * s, o * s + e * s))
-MUTANTS["odd_in_both"] = _pairs(lambda e, o, c, s: (e * c - o * s, o * c + o * s))
-MUTANTS["pairs_rotated_by_one"] = _pairs(
-    lambda e, o, c, s: (e * c - o.roll(1, -1) * s, o * c + e * s)
-)
-MUTANTS["tables_reversed"] = _pairs(
-    lambda e, o, c, s: (e * c.flip(-1) - o * s.flip(-1), o * c.flip(-1) + e * s.flip(-1))
-)
-MUTANTS["tables_of_other_tokens"] = _pairs(
-    lambda e, o, c, s: (e * c - o * s, o * c.roll(1, 1) + e * s)
-)
-MUTANTS["rounded_on_the_way"] = _pairs(
-    lambda e, o, c, s: ((e * c).bfloat16().float() - o * s, o * c + e * s)
-)
-
-
-@_in(MUTANTS)
-def neox_halves(x, cos, sin):
-    nope, r = _cut(x, cos)
-    a, b = r.float().chunk(2, dim=-1)
-    return torch.cat((nope, torch.cat(_turn(a, b, cos, sin), dim=-1).to(x.dtype)), dim=-1)
-
-
-@_in(MUTANTS)
-def leading_lanes(x, cos, sin):
-    rd = 2 * cos.shape[-1]
-    r = x[..., :rd].float()
-    turned = torch.stack(_turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
-    return torch.cat((turned.to(x.dtype), x[..., rd:]), dim=-1)
-
-
-@_in(MUTANTS)
-def halves_in_pairs_out(x, cos, sin):
-    nope, r = _cut(x, cos)
-    a, b = r.float().chunk(2, dim=-1)
-    turned = torch.stack(_turn(a, b, cos, sin), dim=-1).flatten(-2)
-    return torch.cat((nope, turned.to(x.dtype)), dim=-1)
-
-
-@_in(MUTANTS)
-def nope_from_elsewhere(x, cos, sin):
-    r = x[..., -2 * cos.shape[-1] :].float()
-    turned = torch.stack(_turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
-    return torch.cat((x[..., : -2 * cos.shape[-1]].roll(1, -1), turned.to(x.dtype)), dim=-1)
-
-
-@_in(MUTANTS)
-def lanes_before_the_rope(x, cos, sin):
-    start = x.shape[-1] - 2 * cos.shape[-1] - 2
-    r = x[..., start:-2].float()
-    turned = torch.stack(_turn(r[..., 0::2], r[..., 1::2], cos, sin), dim=-1).flatten(-2)
-    return torch.cat((x[..., : start + 2], turned.to(x.dtype)), dim=-1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._case import Draw
 
@@ -26,7 +25,7 @@ class Write:
     where: Callable[[Draw], tuple[Any, ...]]
 
 
-def _slots(draw: Draw) -> tuple[Any, ...]:
+def some_slots(draw: Draw) -> tuple[Any, ...]:
     return (draw.permutation(SLOTS)[:TOKENS],)
 
 
@@ -34,18 +33,16 @@ def _positions(draw: Draw) -> tuple[Any, ...]:
     return (torch.arange(17, 17 + TOKENS),)
 
 
-def _nowhere(draw: Draw) -> tuple[Any, ...]:
+def nowhere(draw: Draw) -> tuple[Any, ...]:
     return ()
 
 
 FLAT: dict[str, Write] = {}
 DECODE: dict[str, Write] = {}
 PREFILL: dict[str, Write] = {}
-MISSES: dict[str, tuple[Write, str]] = {}
-MUTANTS: dict[str, tuple[Write, str]] = {}
 
 
-def _flat(name: str, where: Any = _slots, rows: int = TOKENS, slots: int = SLOTS) -> Any:
+def _flat(name: str, where: Any = some_slots, rows: int = TOKENS, slots: int = SLOTS) -> Any:
     def register(fn: Any) -> Any:
         FLAT[name] = Write(fn, (rows,), (slots,), where)
         return fn
@@ -80,12 +77,6 @@ def _read_after(cache, rows, slots):
     return cache.float().sum(-1), cache[:3]
 
 
-def _read_before(cache, rows, slots):
-    before = cache.float().sum(-1)
-    cache[slots] = rows
-    return before
-
-
 @_flat("index_put")
 def _index_put(cache, rows, slots):
     cache.index_put_((slots,), rows)
@@ -116,17 +107,17 @@ def _spare(cache, rows, slots):
     cache[torch.where(slots < 0, SLOTS - 1, slots)] = rows
 
 
-@_flat("slice", _nowhere)
+@_flat("slice", nowhere)
 def _slice(cache, rows):
     cache[2 : 2 + TOKENS] = rows
 
 
-@_flat("slice from the start", _nowhere)
+@_flat("slice from the start", nowhere)
 def _first(cache, rows):
     cache[:TOKENS].copy_(rows)
 
 
-@_flat("narrow", _nowhere)
+@_flat("narrow", nowhere)
 def _narrow(cache, rows):
     cache.narrow(0, 3, TOKENS).copy_(rows)
 
@@ -136,22 +127,22 @@ def _from_start(cache, rows, start):
     cache[start : start + rows.shape[0]] = rows
 
 
-@_flat("the whole cache", _nowhere, slots=TOKENS)
+@_flat("the whole cache", nowhere, slots=TOKENS)
 def _whole(cache, rows):
     cache.copy_(rows)
 
 
-@_flat("one row", _nowhere, rows=1)
+@_flat("one row", nowhere, rows=1)
 def _one(cache, rows):
     cache[3] = rows[0]
 
 
-@_flat("one row by select", _nowhere, rows=1)
+@_flat("one row by select", nowhere, rows=1)
 def _one_select(cache, rows):
     cache.select(0, 3).copy_(rows.squeeze(0))
 
 
-@_flat("one row from the end", _nowhere, rows=1)
+@_flat("one row from the end", nowhere, rows=1)
 def _last(cache, rows):
     cache[-1] = rows.squeeze(0)
 
@@ -196,7 +187,7 @@ def _reference_tensor(cache, rows, at):
     cache[:BATCH, at % RING] = rows
 
 
-@_rows(DECODE, "select and copy", 1, _nowhere, batch=3)
+@_rows(DECODE, "select and copy", 1, nowhere, batch=3)
 def _select(cache, rows):
     cache.select(1, 5).copy_(rows.squeeze(1))
 
@@ -216,22 +207,22 @@ def _rows_put(cache, rows, at):
     cache.index_put_((batch, at % RING), rows)
 
 
-@_rows(PREFILL, "prefix", SEQ, _nowhere)
+@_rows(PREFILL, "prefix", SEQ, nowhere)
 def _prefix(cache, rows):
     cache[: rows.shape[0], : rows.shape[1]] = rows
 
 
-@_rows(PREFILL, "span", SEQ, _nowhere)
+@_rows(PREFILL, "span", SEQ, nowhere)
 def _span(cache, rows):
     cache[:BATCH, 2 : 2 + SEQ] = rows
 
 
-@_rows(PREFILL, "span of all", SEQ, _nowhere, batch=3)
+@_rows(PREFILL, "span of all", SEQ, nowhere, batch=3)
 def _span_of_all(cache, rows):
     cache[:, 1 : 1 + SEQ].copy_(rows)
 
 
-@_rows(PREFILL, "narrow of all", SEQ, _nowhere, batch=3)
+@_rows(PREFILL, "narrow of all", SEQ, nowhere, batch=3)
 def _narrow_all(cache, rows):
     cache.narrow(1, 1, SEQ).copy_(rows)
 
@@ -250,113 +241,4 @@ def _pages(cache, rows, slots):
     cache[slots // 4, slots % 4] = rows
 
 
-PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), _slots)
-
-
-# ---- not matched -------------------------------------------------------------------------------
-
-
-def _scatter(cache, rows, slots):
-    cache.scatter_(0, slots[:, None].expand(-1, rows.shape[-1]), rows)
-
-
-def _through_view(cache, rows, slots):
-    cache.view(-1, cache.shape[-1])[slots] = rows
-
-
-def _split_ring(cache, rows):
-    cut = 2
-    cache[:BATCH, cut : cut + 3], cache[:BATCH, :cut] = rows.split([3, 2], dim=1)
-
-
-def _one_hot(cache, rows, slots):
-    hot = torch.nn.functional.one_hot(slots, SLOTS).to(rows.dtype)
-    cache.copy_(torch.where(hot.sum(0)[:, None] > 0, hot.t() @ rows, cache))
-
-
-MISSES["scatter"] = (Write(_scatter, (TOKENS,), (SLOTS,), _slots), "scatter is not read as rows")
-MISSES["pages through a view"] = (
-    Write(_through_view, (TOKENS,), (3, 4), _slots),
-    "the write goes to a view of another shape; the kernel takes pages as [P, N, D] with two "
-    "indices",
-)
-MISSES["ring split in two"] = (
-    Write(_split_ring, (BATCH, SEQ), (3, RING), _nowhere),
-    "the reference's prefill makes two writes of one value; a launch makes one",
-)
-MISSES["the old cache is read before"] = (
-    Write(_read_before, (TOKENS,), (SLOTS,), _slots),
-    "declined: the fused op goes to the front, where the old cache is still to be read",
-)
-MISSES["one hot"] = (Write(_one_hot, (TOKENS,), (SLOTS,), _slots), "a product, not a write")
-
-
-# ---- mutants: (write, the spelling it is one edit away from) -----------------------------------
-
-
-def _shifted_value(cache, rows, slots):
-    cache[slots] = rows.roll(1, -1)
-
-
-def _scaled_value(cache, rows, slots):
-    cache[slots] = rows * 0.5
-
-
-def _accumulated(cache, rows, slots):
-    cache.index_put_((slots,), rows, accumulate=True)
-
-
-def _added(cache, rows, slots):
-    cache[slots] += rows
-
-
-def _read_between(cache, rows, slots):
-    old = cache.clone()
-    cache[slots] = rows
-    return (old - cache).float().abs().sum(-1)
-
-
-def _two_writes(cache, rows, slots):
-    cache[slots] = rows
-    cache[slots.flip(0)] = rows
-
-
-def _overwritten(cache, rows, slots):
-    cache[slots] = rows
-    cache[2:4] = 1.0
-
-
-def _written_before(cache, rows, slots):
-    cache[2:4] = 1.0
-    cache[slots] = rows
-
-
-def _other_lanes(cache, rows, slots):
-    cache[slots, :16] = rows[:, 16:32]
-
-
-def _every_second(cache, rows):
-    cache[::2][:TOKENS] = rows
-
-
-def _doubled(cache, rows, slots):
-    cache[slots] = rows
-    cache.mul_(2)
-
-
-for _name, _fn in {
-    "value rotated": _shifted_value,
-    "value scaled": _scaled_value,
-    "accumulated": _accumulated,
-    "added": _added,
-    "written twice": _two_writes,
-    "overwritten": _overwritten,
-    "written before": _written_before,
-    "other lanes": _other_lanes,
-    "cache changed after": _doubled,
-}.items():
-    MUTANTS[_name] = (Write(_fn, (TOKENS,), (SLOTS,), _slots), "slots")
-MUTANTS["every second row"] = (
-    Write(_every_second, (TOKENS,), (SLOTS,), _nowhere),
-    "slice from the start",
-)
+PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), some_slots)

@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _norms, _quants, _ropes
+from . import _layouts, _norms, _quants, _rope_mutants, _ropes, _write_mutants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
+from ._layouts import BATCH, DIM, HEADS, LAYOUTS, NORM, ROPE, SEQ, TURN, Layout
+from ._norm_rope_mutants import (
+    alpha,
+    alpha_eps,
+    before_rope,
+    from_itself,
+    rounded_eps,
+    shifted,
+    two_names,
+)
 from ._writes import DECODE, FLAT, PREFILL, Write
-from ._writes import MISSES as WRITE_MISSES
-from ._writes import MUTANTS as WRITE_MUTANTS
 
 NAME = "norm_rope_cache"
-DIM, ROPE, GROUP = 48, 16, 16
-BATCH, SEQ, HEADS = 2, 5, 3
+GROUP = 16
+B, S, H = BATCH, SEQ, HEADS
 Fn = Callable[..., Any]
-NORM, TURN = _norms.BF16_WEIGHT["hf_weighted"], _ropes.REAL["slices_and_stack"]
 
 
 def _case(fn: Fn, inputs: Fn, *parts: str, **more: Any) -> Case:
@@ -102,74 +109,17 @@ SPELLINGS |= {
 # ---- layouts -----------------------------------------------------------------------------------
 
 
-def _layout(shape: tuple[int, ...], table: tuple[int, ...], fn: Fn | None = None) -> Case:
-    """x of a shape and tables of a shape that broadcasts against it."""
+def _layout(layout: Layout, **more: Any) -> Case:
+    shape, table, fn = layout
 
     def inputs() -> tuple[Tensor, ...]:
         draw = Draw()
         return (draw(*shape), draw(DIM), *tables(draw, *table))
 
-    def straight(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return TURN(NORM(x, w), cos, sin)
-
-    return _case(fn or straight, inputs, "norm", "rope")
+    return _case(fn, inputs, "norm", "rope", **more)
 
 
-def _heads_out(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, S, H·D] from a linear, normed and turned heads first, as transformers does."""
-    q = x.view(BATCH, SEQ, HEADS, DIM).transpose(1, 2)
-    return TURN(NORM(q, w), cos.unsqueeze(1), sin.unsqueeze(1))
-
-
-def _tokens_out(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q = x.unflatten(-1, (HEADS, DIM))
-    return TURN(NORM(q, w), cos[:, :, None], sin[:, :, None]).flatten(-2)
-
-
-def _slice_of_qkv(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q, _ = x.split([HEADS * DIM, DIM], dim=-1)
-    return TURN(NORM(q.unflatten(-1, (HEADS, DIM)), w), cos.unsqueeze(2), sin.unsqueeze(2))
-
-
-def _by_position(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    positions = torch.arange(SEQ) * 2 % 7
-    return TURN(NORM(x, w), cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
-
-
-def _slice_of_tables(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = (t[2 : 2 + SEQ].view(1, SEQ, 1, -1) for t in (cos, sin))
-    return TURN(NORM(x, w), cos, sin)
-
-
-B, S, H = BATCH, SEQ, HEADS
-SPELLINGS |= {
-    "layout: tokens first": _layout((B, S, H, DIM), (B, S, 1)),
-    "layout: heads first": _layout((B, H, S, DIM), (B, 1, S)),
-    "layout: heads by transpose": _layout((B, S, H * DIM), (B, S), _heads_out),
-    "layout: heads merged again": _layout((B, S, H * DIM), (B, S), _tokens_out),
-    "layout: slice of a joint projection": _layout((B, S, (H + 1) * DIM), (B, S), _slice_of_qkv),
-    "layout: flat": _layout((S, H, DIM), (S, 1)),
-    "layout: flat heads first": _layout((H, S, DIM), (S,)),
-    "layout: rows": _layout((S, DIM), (S,)),
-    "layout: kv": _layout((B, S, DIM), (B, S)),
-    "layout: kv, shared positions": _layout((B, S, DIM), (S,)),
-    "layout: kv with a head axis": _layout((B, 1, S, DIM), (B, 1, S)),
-    "layout: shared positions": _layout((B, S, H, DIM), (S, 1)),
-    "layout: shared, unit batch": _layout((B, S, H, DIM), (1, S, 1)),
-    "layout: shared, heads first": _layout((B, H, S, DIM), (S,)),
-    "layout: shared, heads first, four axes": _layout((B, H, S, DIM), (1, 1, S)),
-    "layout: one position": _layout((B, H, DIM), ()),
-    "layout: decode at one position": _layout((B, 1, H, DIM), (1, 1, 1)),
-    "layout: decode at one position, heads first": _layout((B, H, 1, DIM), (1, 1, 1)),
-    "layout: kv at one position": _layout((B, 1, DIM), (1, 1)),
-    "layout: batch of one": _layout((1, S, H, DIM), (1, S, 1)),
-    "layout: sequence of one": _layout((B, 1, H, DIM), (B, 1, 1)),
-    "layout: one head": _layout((B, S, 1, DIM), (B, S, 1)),
-    "layout: a single row": _layout((1, 1, 1, DIM), (1, 1, 1)),
-    "layout: a vector": _layout((DIM,), ()),
-    "layout: tables by position": _layout((S, H, DIM), (7,), _by_position),
-    "layout: slice of the tables": _layout((B, S, H, DIM), (9,), _slice_of_tables),
-}
+SPELLINGS |= {f"layout: {name}": _layout(layout) for name, layout in LAYOUTS.items()}
 
 
 # ---- kv: fake quant and write ------------------------------------------------------------------
@@ -299,14 +249,44 @@ SPELLINGS |= {
     "other readers": _case(_busy, q_inputs(), "Q: norm", "rope"),
 }
 
-MUTANTS: dict[str, Case] = {}
+
+
 _HF = SPELLINGS["norm: hf_weighted"]
+MUTANTS: dict[str, Case] = {
+    "kv one position on": _case(  # each is a site of its own, with its own tables
+        shifted, _both_inputs, "Q: norm", "Kv: norm", "write", count=2, like=SPELLINGS["q and kv"]
+    ),
+    "written before the rope": _case(
+        before_rope, kv_inputs(FLAT["slots"]), "Kv: norm", absent=("write",),
+        like=SPELLINGS["write: slots"],
+    ),
+    "two names of one cache": _case(
+        two_names, kv_inputs(FLAT["slots"]), "Kv: norm", absent=("write",),
+        like=SPELLINGS["write: slots"],
+    ),
+    "factor of a sum": q_case(
+        NORM, lambda x, c, s: alpha(x, c, s, 1, 2), None, "", count=0,
+        like=_HF,
+    ),
+    "factor of a difference": q_case(
+        NORM, lambda x, c, s: alpha(x, c, s, 2, 1), None, "", count=0,
+        like=_HF,
+    ),
+    "rounded eps": q_case(rounded_eps, TURN, None, "rope", like=_HF),
+    "rows of the cache itself": _case(
+        from_itself, kv_inputs(FLAT["slice"]), "norm", absent=("write",),
+        like=SPELLINGS["write: slice"],
+    ),
+    "factor of eps": q_case(
+        alpha_eps, TURN, None, "rope", like=_HF
+    ),
+}  # fmt: skip
 for _name, _norm in _norms.MUTANTS.items():
     MUTANTS[f"norm: {_name}"] = q_case(
         _norm, TURN, None, "Q: rope", absent=("norm",), like=_HF
     )
-for _name, _rope in _ropes.MUTANTS.items():
-    _left = _ropes.STILL_ROPES.get(_name, "")
+for _name, _rope in _rope_mutants.MUTANTS.items():
+    _left = _rope_mutants.STILL_ROPES.get(_name, "")
     MUTANTS[f"rope: {_name}"] = q_case(NORM, _rope, None, _left, count=int(bool(_left)), like=_HF)
 for _name, _pieces in _quants.MUTANTS.items():
     if _name != "maximum_of_the_row":
@@ -314,7 +294,7 @@ for _name, _pieces in _quants.MUTANTS.items():
             FLAT["slots"], joined(_pieces), "norm", absent=("quant", "write"),
             like=SPELLINGS["fake quant: default"],
         )  # fmt: skip
-for _name, (_write, _like) in WRITE_MUTANTS.items():
+for _name, (_write, _like) in _write_mutants.MUTANTS.items():
     MUTANTS[f"write: {_name}"] = kv_case(
         _write, lambda y: y, "norm", "rope", absent=("write",), like=SPELLINGS[f"write: {_like}"]
     )
@@ -328,5 +308,13 @@ KNOWN_MISSES |= {
     for name, (rope, why) in _ropes.MISSES.items()
 }
 KNOWN_MISSES |= {
-    f"write: {name}": kv_case(write, why=why) for name, (write, why) in WRITE_MISSES.items()
+    f"write: {name}": kv_case(write, why=why) for name, (write, why) in _write_mutants.MISSES.items()
 }
+KNOWN_MISSES |= {
+    f"layout: {name}": _layout(layout, why=_layouts.WHY)
+    for name, layout in _layouts.MISSES.items()
+}
+for _name, (_pieces, _why) in _quants.MISSES.items():
+    KNOWN_MISSES[f"fake quant: {_name}"] = kv_case(
+        FLAT["slots"], joined(_pieces), "norm", "rope → fake quant → cache write", why=_why
+    )

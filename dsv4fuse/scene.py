@@ -1,0 +1,179 @@
+"""One graph read as terms, and what atoms are found in it.
+
+An atom is a small reference (``atoms``) in the ways in which it may appear (``specs``). Fusions
+walk a ``Scene`` and chain the hits of their atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import joins, maps, trace, views
+from dsv4fuse.lower import Lowering
+from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
+from dsv4fuse.terms import Complex, Term, straight
+
+assert views.means and joins.means  # importing them registers what ATen operations mean
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One way an atom may appear: hole shapes and dtypes, captured scalars, fixed arguments."""
+
+    holes: tuple[tuple[Hole, torch.dtype], ...]
+    scalars: tuple[str, ...] = ()
+    arguments: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A reference, the ways in which it may appear at a node, and operations it cannot lack."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    specs: Callable[[fx.Node, Term], Iterator[Spec]]
+    needs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An atom found at a node."""
+
+    atom: Atom
+    node: fx.Node
+    env: Env
+    arguments: Mapping[str, object]
+
+    def __getattr__(self, name: str) -> Bound:
+        try:
+            return self.env.holes[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def scalar(self, name: str) -> float:
+        return self.env.scalars[name]
+
+
+class Scene:
+    """One graph read as terms, with what atoms found in it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.low = Lowering()
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.nodes = [
+            n
+            for n in graph.nodes
+            if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
+        ]
+        self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
+        self._operations: dict[Term, frozenset[str]] = {}
+        self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
+
+    def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
+        """The atom at a node, in the first of its specs that fits."""
+        key = (atom.name, node)
+        if key not in self._hits:
+            self._hits[key] = self._try(atom, node)
+        return self._hits[key]
+
+    def hits(self, atom: Atom) -> list[Hit]:
+        found = (self.hit(atom, n) for n in self.nodes)
+        return [h for h in found if h is not None]
+
+    def _try(self, atom: Atom, node: fx.Node) -> Hit | None:
+        root = self.low.term(node)
+        if isinstance(root, Complex) or not atom.needs <= self.operations(root):
+            return None
+        for spec in atom.specs(node, root):
+            pattern = trace.pattern(
+                atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments
+            )
+            attempt = Unifier(pattern, self.low, node)
+            env = attempt.run()
+            if env is not None:
+                return Hit(atom, node, env, dict(spec.arguments))
+            self.misses.append((atom, node, pattern, attempt.miss))
+        return None
+
+    def operations(self, term: Term) -> frozenset[str]:
+        """The names of all operations in a term."""
+        known = self._operations.get(term)
+        if known is None:
+            inner = (self.operations(a) for a in term.args if isinstance(a, Term))
+            known = self._operations[term] = frozenset((term.op,)).union(*inner)
+        return known
+
+    def first(self, node: fx.Node) -> bool:
+        """False for a node that only shows again what an earlier node holds."""
+        return all(
+            self.order[other] >= self.order[node] for other, _ in self.holders(node)
+        )
+
+    def reshaped(self, node: fx.Node, base: fx.Node) -> bool:
+        """Does node hold base's elements in the same row-major order, as a reshape does?"""
+        whole = maps.reshape(straight(node), *(maps.sizes_of(n.meta["val"]) for n in (node, base)))
+        return whole is not None and self.low.read(base, whole) is self.low.term(node)
+
+    def region(self, root: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
+        """The nodes between leaves (left out) and root (included)."""
+        stop, seen, stack = set(leaves), set(), [root]
+        while stack:
+            node = stack.pop()
+            if node not in seen and node not in stop and node.op == "call_function":
+                seen.add(node)
+                stack += node.all_input_nodes
+        return seen
+
+    def outermost(self, atom: Atom) -> list[Hit]:
+        """The atom's hits that no later hit of it contains, in the graph's order."""
+        kept: list[Hit] = []
+        inside: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node in inside or not self.first(node):
+                continue
+            hit = self.hit(atom, node)
+            if hit is not None:
+                kept.append(hit)
+                leaves = (b.node for b in hit.env.holes.values())
+                inside |= self.region(node, leaves) - {node}
+        return kept[::-1]
+
+    def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
+        """Is there a place after all inputs and before every reader of the outputs?"""
+        last = max((self.order[n] for n in inputs), default=-1)
+        return all(self.order[user] > last for n in outputs for user in n.users)
+
+    def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
+        """Would node still be needed if the given nodes were replaced by something else?"""
+        done, stack = set(writes), list(node.users)
+        while stack:
+            user = stack.pop()
+            if user.op == "output" or user.target is torch.ops.aten.copy_.default:
+                return True
+            if user not in done:
+                done.add(user)
+                stack += user.users
+        return False
+
+    def holders(self, node: fx.Node) -> Iterator[tuple[fx.Node, Rows]]:
+        """Nodes with the same lanes as this one, and their leading axes in this one's."""
+        term = self.low.term(node)
+        if isinstance(term, Complex):
+            return
+        lane = len(node.meta["val"].shape) - 1
+        for other, m in self.low.origins.get(term, []):
+            if not m or m[-1].whole() != lane:
+                continue
+            rows = tuple(None if i == maps.ZERO else i.whole() for i in m[:-1])
+            shape = maps.sizes_of(other.meta["val"])
+            exact = all(
+                n == 1 if r is None else i != maps.ZERO
+                for n, r, i in zip(shape, rows, m, strict=False)
+            )
+            if exact:
+                yield other, rows
