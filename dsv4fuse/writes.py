@@ -116,9 +116,16 @@ def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
             places.append(Place(index=i, axes=axes))
         else:
             places.append(Place(along=k if k < first else k - len(held) + rank))
-    if len(shape_of(value)) != len(indices) - len(held) + rank + 1:
-        return None  # the value is broadcast along leading axes
-    return tuple(places), value
+    # A value of lower rank is broadcast; along axes of one place that is no repetition.
+    missing = len(indices) - len(held) + rank + 1 - len(shape_of(value))
+    if missing < 0 or any(a is not None and a < missing for p in places for a in (*p.axes, p.along)):
+        return None
+    return tuple(_shifted(p, missing) for p in places), value
+
+
+def _shifted(place: Place, by: int) -> Place:
+    axes = tuple(None if a is None else a - by for a in place.axes)
+    return replace(place, axes=axes, along=None if place.along is None else place.along - by)
 
 
 def _slice(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:

@@ -163,10 +163,9 @@ def test_lanes_that_are_not_dense():
 
 def test_fp64_is_left_alone():
     x, w, cos, sin = rows(2, 5)
-    assert torch.equal(
-        _compiled(turned)(x.double(), w.double(), cos, sin), turned(x.double(), w.double(), cos, sin)
-    )
-    assert not _explained(turned, x.double(), w.double(), cos, sin).counts()
+    args = x.double(), w.double(), cos, sin
+    assert torch.equal(_compiled(turned)(*args), turned(*args))
+    assert not _explained(turned, *args).counts()
 
 
 def _writes(x, w, cos, sin, cache, slots):

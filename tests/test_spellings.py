@@ -14,7 +14,7 @@ from dsv4fuse.kernels import _common as common
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dsv4fuse import Report, ops
+from dsv4fuse import Report, compat, ops
 from dsv4fuse.backend import dsv4fuse as backend
 from dsv4fuse.fusion import registry
 
@@ -151,4 +151,24 @@ def test_known_miss(case):
     report, wanted, found = _run(case)
     assert not _fits(case, report), "now it is taken: move it to SPELLINGS"
     assert case.why
+    _equal(wanted, found, case.exact)
+
+
+INDUCTOR = [  # the shapes of code that Inductor itself may rewrite first, and writes in place
+    ("norm_rope_cache", "the reference's q"),
+    ("norm_rope_cache", "q and kv, dynamic"),
+    ("norm_rope_cache", "fake quant in place: pow2"),
+    ("clamp_swiglu_quant", "quant: pow2"),
+    ("inv_rope_quant", "quant: of the reference's rope"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, key", INDUCTOR)
+def test_spelling_with_inductor(name, key):
+    """On a CPU the fused op is a call in Inductor's code; what it returns is what eager does."""
+    case = importlib.import_module(f".spellings.{name}", __package__).SPELLINGS[key]
+    with compat.without_caches():
+        report, wanted, found = _run(case, inner="inductor")
+    assert _fits(case, report), str(report)
     _equal(wanted, found, case.exact)

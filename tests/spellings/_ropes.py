@@ -1,4 +1,4 @@
-"""Rope on the trailing interleaved pairs as people write it, see _rope_mutants.py for edits that break it.
+"""Rope on the trailing interleaved pairs as people write it.
 
 ``rope(x, cos, sin)``, cos and sin ``[..., R/2]`` in fp32 broadcasting against x's leading axes;
 those in COMPLEX take ``rope(x, freqs)``. The inverse is the same with −sin, or the conjugate.

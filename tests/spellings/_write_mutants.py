@@ -34,7 +34,10 @@ def _one_hot(cache, rows, slots):
     cache.copy_(torch.where(hot.sum(0)[:, None] > 0, hot.t() @ rows, cache))
 
 
-MISSES["scatter"] = (Write(_scatter, (TOKENS,), (SLOTS,), some_slots), "scatter is not read as rows")
+MISSES["scatter"] = (
+    Write(_scatter, (TOKENS,), (SLOTS,), some_slots),
+    "scatter is not read as rows",
+)
 MISSES["pages through a view"] = (
     Write(_through_view, (TOKENS,), (3, 4), some_slots),
     "the write goes to a view of another shape; the kernel takes pages as [P, N, D] with two "

@@ -216,9 +216,7 @@ for _name, _pieces in _quants.MUTANTS.items():
         _quant(**_pieces), "quant: default", counts={NAME: 1}, absent=("quant",)
     )
 MUTANTS["quant: scale of another tensor"] = _mutant(
-    lambda x: (
-        _quants.quantise(act(x), GROUP, codes=lambda b, s: (b.float() / s.roll(1, 0)).to(_quants.FP8))
-    ),
+    _quant(codes=lambda b, s: (b.float() / s.roll(1, 0)).to(_quants.FP8)),
     "quant: default",
     counts={NAME: 1},
     absent=("quant",),

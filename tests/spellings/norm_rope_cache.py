@@ -308,7 +308,8 @@ KNOWN_MISSES |= {
     for name, (rope, why) in _ropes.MISSES.items()
 }
 KNOWN_MISSES |= {
-    f"write: {name}": kv_case(write, why=why) for name, (write, why) in _write_mutants.MISSES.items()
+    f"write: {name}": kv_case(write, why=why)
+    for name, (write, why) in _write_mutants.MISSES.items()
 }
 KNOWN_MISSES |= {
     f"layout: {name}": _layout(layout, why=_layouts.WHY)

@@ -1,0 +1,80 @@
+"""What the examples share: naming the backend, errors, times, and a table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+def backend() -> Any:
+    """``"dsv4fuse"``, which torch finds where the package is installed, or the function that
+    this name stands for, in a bare checkout."""
+    if "dsv4fuse" in torch.compiler.list_backends(exclude_tags=()):
+        return "dsv4fuse"
+    from dsv4fuse.backend import dsv4fuse
+
+    return dsv4fuse
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, of the largest value."""
+    return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
+
+
+def milliseconds(call: Callable[[], Any], device: str, repeat: int = 20) -> float:
+    """Median time of a call, after three calls that do not count."""
+    taken = []
+    for _ in range(3 + repeat):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(taken[3:])
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as a CUDA graph. What the call reads must stay where it is."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def times(calls: dict[str, Callable[[], Any]], device: str) -> list[tuple[str, ...]]:
+    """Rows (name, ms) or, on a GPU, (name, ms, ms under CUDA graphs)."""
+    rows = []
+    for name, call in calls.items():
+        row = [name, f"{milliseconds(call, device):.3f}"]
+        if device.startswith("cuda"):
+            try:
+                row.append(f"{milliseconds(captured(call), device):.3f}")
+            except RuntimeError as error:  # something in it waits for the GPU
+                row.append(f"cannot be captured: {str(error).splitlines()[0]:.60}")
+        rows.append(tuple(row))
+    return rows
+
+
+def show(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]):
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
