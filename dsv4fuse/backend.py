@@ -3,6 +3,7 @@ and ``explain``."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from dsv4fuse import cache, compat, pipeline
 from dsv4fuse.fusion import registry
-from dsv4fuse.options import Options, disabled
+from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report
 
 log = logging.getLogger("dsv4fuse")
@@ -34,7 +35,14 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for earlier in self.before:
             earlier(graph)
-        self.report += pipeline.run(graph, self.options)
+        try:
+            self.report += pipeline.run(graph, self.options)
+        except Exception as error:
+            if self.options.strict or debugging():
+                raise
+            log.exception("dsv4fuse failed on a graph, which goes to Inductor as it is")
+            note = f"dsv4fuse failed on a graph ({error!r}), which went to Inductor as it was."
+            self.report += Report(graphs=1, notes=[note])
 
     def uuid(self) -> Any:
         """None (no caching) if an earlier pass has no identity of its own."""
@@ -150,24 +158,31 @@ def fuse(target: Any = None, /, **options: Any) -> Any:
     passed = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
     parsed = parse(options)
 
-    def compiled(fn: Any) -> Any:
-        return torch.compile(fn, backend=dsv4fuse, options=parsed.to_dict(), **passed)
-
+    settings: dict[str, Any] = {"backend": dsv4fuse, "options": parsed.to_dict(), **passed}
     if isinstance(target, type):
-        if not issubclass(target, nn.Module):
-            raise TypeError("dsv4fuse.fuse takes an nn.Module class, a module or a function.")
-        made = target.__init__
-
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            made(self, *args, **kwargs)
-            if type(self) is target:
-                self.forward = compiled(self.forward)  # type: ignore[method-assign]
-
-        target.__init__ = __init__  # type: ignore[assignment]
-        return target
+        return _fuse_class(target, settings)
     if not callable(target):
-        raise TypeError("dsv4fuse.fuse takes an nn.Module class, a module or a function.")
-    return compiled(target)
+        raise TypeError(_TARGETS)
+    return torch.compile(target, **settings)
+
+
+_TARGETS = "dsv4fuse.fuse takes an nn.Module class, a module or a function."
+
+
+def _fuse_class(cls: Any, settings: dict[str, Any]) -> Any:
+    """The class, its instances (not those of subclasses) compiled as they are made."""
+    if not issubclass(cls, nn.Module):
+        raise TypeError(_TARGETS)
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if type(self) is cls:
+            self.compile(**settings)
+
+    cls.__init__ = __init__
+    return cls
 
 
 def explain(

@@ -41,8 +41,16 @@ def disabled() -> bool:
 
     Read at every call, so that it can be set after the import.
     """
-    value = os.environ.get("DSV4FUSE_DISABLE", "").strip().lower()
-    return value not in ("", "0", "false", "no", "off")
+    return _switched_on("DSV4FUSE_DISABLE")
+
+
+def debugging() -> bool:
+    """True when ``DSV4FUSE_DEBUG`` asks that an error inside dsv4fuse be raised, not reported."""
+    return _switched_on("DSV4FUSE_DEBUG")
+
+
+def _switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ binding. Equal regions are checked once a process.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.terms import short
 
+log = logging.getLogger("dsv4fuse")
 _verified: dict[object, str | None] = {}
 # Differences allowed, in units of the output dtype's rounding step at the largest value of a row:
 # a sum in another order may turn one rounding on the way, a rotation adds two rounded values.
@@ -43,6 +45,9 @@ def _check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | 
         found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
     except torch.OutOfMemoryError:
         return "There was not enough memory to check the site."
+    except Exception as error:  # whatever a kernel's compiler or launch raises
+        log.exception("checking %s", candidate.fusion)
+        return f"It could not be run for the check: {str(error).strip().splitlines()[:1]}."
     names = [n.name for n in (*candidate.outputs, *candidate.updates)]
     for i, (name, a, b) in enumerate(zip(names, expected, found, strict=True)):
         if i >= len(candidate.outputs):  # the last place may have been written twice

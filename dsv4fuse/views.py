@@ -169,12 +169,21 @@ def slice_range(node: fx.Node, first: int, length: Size) -> tuple[Size, Size, in
 
     def clip(v: Size) -> Size:
         if not isinstance(v, int):
-            return v  # a symbol of the graph: torch has already guarded on its range
+            return at_least(v, length)
         if not isinstance(length, int):
             return v if v >= 0 else length + v
         return max(0, min(length, v if v >= 0 else length + v))
 
     return clip(start), clip(end), step
+
+
+def at_least(v: Size, length: Size) -> Size:
+    """A symbolic position counted from the front; one whose sign is unknown is opaque."""
+    if isinstance(v, int) or v.is_nonnegative:
+        return v
+    if v.is_negative:
+        return length + v
+    raise Opaque
 
 
 @means(aten.select.int)
@@ -183,7 +192,7 @@ def _select(low: Lowering, node: fx.Node, m: Map) -> Value:
     shape = shape_of(base)
     axis %= len(shape)
     at = known(i, 0)
-    at = at + shape[axis] if isinstance(at, int) and at < 0 else at
+    at = at + shape[axis] if isinstance(at, int) and at < 0 else at_least(at, shape[axis])
     return low.read(base, (*m[:axis], Index(at), *m[axis:]))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from dsv4fuse.lower import Opaque
 from dsv4fuse.views import argument, shape_of, slice_range
 
 aten = torch.ops.aten
@@ -62,7 +63,10 @@ def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
         return None  # a write through another shape: paged caches are indexed by page and row
     rank = len(shape_of(cache))
     whole = tuple(Place(along=k) for k in range(rank - 1))
-    read = _read(node, cache, whole)
+    try:
+        read = _read(node, cache, whole)
+    except Opaque:
+        return None
     if read is None:
         return None
     places, value = read
@@ -118,7 +122,8 @@ def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
             places.append(Place(along=k if k < first else k - len(held) + rank))
     # A value of lower rank is broadcast; along axes of one place that is no repetition.
     missing = len(indices) - len(held) + rank + 1 - len(shape_of(value))
-    if missing < 0 or any(a is not None and a < missing for p in places for a in (*p.axes, p.along)):
+    named = [a for p in places for a in (*p.axes, p.along) if a is not None]
+    if missing < 0 or any(a < missing for a in named):
         return None
     return tuple(_shifted(p, missing) for p in places), value
 
@@ -131,16 +136,17 @@ def _shifted(place: Place, by: int) -> Place:
 def _slice(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
     target, source = node.args[:2]
     axis = argument(node, 2, "dim", 0) % (len(whole) + 1)
-    start, _, step = slice_range(node, 2, shape_of(base)[axis])
-    given = argument(node, 3, "start", None)
+    given, step = argument(node, 3, "start", None), argument(node, 5, "step", 1)
+    fixed = not isinstance(given, fx.Node)
+    start = slice_range(node, 2, shape_of(base)[axis])[0] if fixed else given
     if not _alike(target, base) or step != 1 or axis == len(whole):
         return None
     inner = _viewed(source, base, aten.slice.Tensor)
     places, value = (inner and _read(source, inner, whole)) or (whole, source)
     place = places[axis]
     if place.index is not None or place.start != 0:
-        return (places, value) if start == 0 else None
-    moved = replace(place, start=given if isinstance(given, fx.Node) else start)
+        return (places, value) if fixed and start == 0 else None
+    moved = replace(place, start=start)
     return (*places[:axis], moved, *places[axis + 1 :]), value
 
 

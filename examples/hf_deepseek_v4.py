@@ -144,7 +144,7 @@ def main() -> None:
     ways[f"dsv4fuse ({'Inductor' if args.inductor else 'node by node'})"] = fused
     header = ("a prefill of", "ms", "ms under CUDA graphs")
     rows = times({n: lambda w=w: w(tokens, use_cache=False) for n, w in ways.items()}, args.device)
-    title = f"Median of 20, {args.batch} × {args.length} tokens"
+    title = f"Medians, {args.batch} × {args.length} tokens"
     show(Console(), title, header[: len(rows[0])], rows)
     if not args.device.startswith("cuda"):
         say("Without a GPU no kernel of dsv4fuse runs: these times say nothing about its speed.")

@@ -28,16 +28,19 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
 
 
-def milliseconds(call: Callable[[], Any], device: str, repeat: int = 20) -> float:
-    """Median time of a call, after three calls that do not count."""
-    taken = []
-    for _ in range(3 + repeat):
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    """Median time of a call, after three calls that do not count; 20 calls, or fewer once they
+    have taken 5 s."""
+    for _ in range(3):
+        call()
+    taken: list[float] = []
+    while len(taken) < 20 and sum(taken) < 5:
         _wait(device)
         started = time.perf_counter()
         call()
         _wait(device)
         taken.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(taken[3:])
+    return 1e3 * statistics.median(taken)
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -114,7 +114,7 @@ def main() -> None:
     ways[f"dsv4fuse ({inner})"] = fused["decode"]
     header = ("a decode step of", "ms", "ms under CUDA graphs")
     rows = times({n: lambda w=w: w(token, position) for n, w in ways.items()}, args.device)
-    show(console, f"Median of 20, {len(prompts)} sequences", header[: len(rows[0])], rows)
+    show(console, f"Medians, {len(prompts)} sequences", header[: len(rows[0])], rows)
     if not args.device.startswith("cuda"):
         say("Without a GPU no kernel of dsv4fuse runs: these times say nothing about its speed.")
 

@@ -11,6 +11,8 @@ import sys
 
 # Each xdist worker would otherwise start a pool of compile processes of its own.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# An error inside the pass fails a test instead of leaving its graph unfused.
+os.environ.setdefault("DSV4FUSE_DEBUG", "1")
 
 import hypothesis
 import pytest

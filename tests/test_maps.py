@@ -202,7 +202,7 @@ def _reshape(draw, shape):
 SHAPES = [(12,), (4, 6), (2, 3, 4), (1, 8, 6), (2, 1, 3, 8)]
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.data())
 def test_chain_of_views(data):
     shape = data.draw(st.sampled_from(SHAPES))
@@ -251,7 +251,7 @@ def _batches() -> tuple[Tensor, Tensor]:
     return tuple(torch.arange(n * 60).view(n, 5, 12) for n in (TRACED, RUN))  # type: ignore
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(st.data())
 def test_chain_of_views_behind_a_symbolic_batch(data):
     """A drawn chain on what one batch element holds, with the batch merged in and out."""

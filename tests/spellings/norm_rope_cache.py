@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _layouts, _norms, _quants, _rope_mutants, _ropes, _write_mutants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
@@ -24,6 +24,7 @@ from ._norm_rope_mutants import (
     shifted,
     two_names,
 )
+from ._steps import Layer, both, both_inputs, busy, layer_inputs, several, tables
 from ._writes import DECODE, FLAT, PREFILL, Write
 
 NAME = "norm_rope_cache"
@@ -35,12 +36,6 @@ Fn = Callable[..., Any]
 def _case(fn: Fn, inputs: Fn, *parts: str, **more: Any) -> Case:
     count = more.pop("count", 1)
     return Case(plain(fn), inputs, {NAME: count} if count else {}, parts, **more)
-
-
-def tables(draw: Draw, *lead: int, dtype: torch.dtype | None = FP32) -> tuple[Tensor, ...]:
-    """cos and sin, or for dtype None the complex frequencies."""
-    cos, sin = draw.angles(*lead, ROPE // 2)
-    return (torch.complex(cos, sin),) if dtype is None else (cos.to(dtype), sin.to(dtype))
 
 
 def q_inputs(
@@ -179,74 +174,19 @@ SPELLINGS |= {
 }
 
 
-def _both(q: Tensor, kv: Tensor, w: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, at: Tensor):
-    """The decode or prefill step of a layer: q and kv turned by the same tables."""
-    q = _ropes.REAL["hf"](_norms.PLAIN["hf_unweighted"](q, w), cos.unsqueeze(2), sin.unsqueeze(2))
-    kv = _ropes.REAL["hf"](NORM(kv, w), cos, sin)
-    cache[torch.arange(BATCH)[:, None], at % cache.shape[1]] = kv
-    return q
-
-
-def _both_inputs() -> tuple[Tensor, ...]:
-    draw = Draw()
-    q, kv, w = draw(B, S, H, DIM), draw(B, S, DIM), draw(DIM)
-    at = torch.arange(S) + torch.tensor([[3], [9]])
-    return q, kv, w, *tables(draw, B, S), draw(B, 8, DIM), at
-
-
-def _several(q: Tensor, kv: Tensor, w: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, at: Tensor):
-    """Two layers with one weight and one cache each, unrelated work in between."""
-    out = []
-    for layer in (0, 1):
-        q = _both(q, kv, w, cos, sin, cache[layer], at)
-        kv = kv * 0.5 + q.mean(2)
-        out += [q, q.float().sum(-1)]
-    return out
-
-
-def _busy(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Every intermediate has a second reader."""
-    wide = x.float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _norms.EPS)
-    normed = wide * rstd
-    y = w * normed.to(x.dtype)
-    z = TURN(y, cos, sin)
-    return z, rstd, normed.sum(-1), y, z.abs().amax()
-
-
-class Layer(nn.Module):
-    """Weights and the cache belong to the module."""
-
-    def __init__(self, norm: type[nn.Module] = nn.RMSNorm) -> None:
-        super().__init__()
-        self.norm = norm(DIM, eps=_norms.EPS, dtype=BF16)
-        self.norm.weight.data.copy_(Draw(4)(DIM))
-        self.register_buffer("cache", Draw(5)(B, 8, DIM))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
-        y = TURN(self.norm(x), cos, sin)
-        self.cache[torch.arange(B)[:, None], at % 8] = y
-        return self.cache[:, :2]
-
-
-def _layer_inputs() -> tuple[Tensor, ...]:
-    _, kv, _, cos, sin, _, at = _both_inputs()
-    return kv, cos, sin, at
-
-
 BOTH = ("Q: norm", "kv: norm", "rope → cache write")
 SPELLINGS |= {
-    "q and kv": _case(_both, _both_inputs, *BOTH),
+    "q and kv": _case(both, both_inputs, *BOTH),
     "q and kv, dynamic": _case(
-        _both, _both_inputs, *BOTH, dynamic={0: (1,), 1: (1,), 3: (1,), 4: (1,), 6: (1,)}
+        both, both_inputs, *BOTH, dynamic={0: (1,), 1: (1,), 3: (1,), 4: (1,), 6: (1,)}
     ),
     "two layers in one buffer": _case(
-        _several, lambda: (*_both_inputs()[:5], Draw(3)(2, B, 8, DIM), _both_inputs()[6]), count=2
+        several, lambda: (*both_inputs()[:5], Draw(3)(2, B, 8, DIM), both_inputs()[6]), count=2
     ),
     "a module with a cache": Case(
-        Layer, _layer_inputs, {NAME: 1}, ("Kv: norm", "rope → cache write")
+        Layer, layer_inputs, {NAME: 1}, ("Kv: norm", "rope → cache write")
     ),
-    "other readers": _case(_busy, q_inputs(), "Q: norm", "rope"),
+    "other readers": _case(busy, q_inputs(), "Q: norm", "rope"),
 }
 
 
@@ -254,7 +194,7 @@ SPELLINGS |= {
 _HF = SPELLINGS["norm: hf_weighted"]
 MUTANTS: dict[str, Case] = {
     "kv one position on": _case(  # each is a site of its own, with its own tables
-        shifted, _both_inputs, "Q: norm", "Kv: norm", "write", count=2, like=SPELLINGS["q and kv"]
+        shifted, both_inputs, "Q: norm", "Kv: norm", "write", count=2, like=SPELLINGS["q and kv"]
     ),
     "written before the rope": _case(
         before_rope, kv_inputs(FLAT["slots"]), "Kv: norm", absent=("write",),
