@@ -10,8 +10,12 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# The models of transformers are tested in two versions: the pinned one, and this one beside it.
+ALT := .venv-alt
+ALT_TRANSFORMERS := 5.23.0
+ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: help setup demo test test-long lint doctor clean
 
@@ -21,7 +25,7 @@ help:
 	@echo "make test-long  run the tests with the long hypothesis profile"
 	@echo "make lint       ruff and mypy"
 	@echo "make doctor     what this machine can run, and why not the rest"
-	@echo "make clean      remove .venv and all caches"
+	@echo "make clean      remove .venv, .venv-alt and all caches"
 
 setup: $(STAMP)
 
@@ -37,13 +41,19 @@ $(STAMP):
 		--no-build-isolation -e ".[examples,test,dev]"
 	@touch $@
 
+$(ALT_STAMP): | $(STAMP)
+	@rm -rf $(ALT)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(ALT) \
+		transformers==$(ALT_TRANSFORMERS)
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python examples/quickstart.py
 
-test: $(STAMP)
+test: $(STAMP) $(ALT_STAMP)
 	@$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(STAMP)
+test-long: $(STAMP) $(ALT_STAMP)
 	@HYPOTHESIS_PROFILE=long $(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -53,4 +63,4 @@ doctor: $(STAMP)
 	@$(BIN)/python -m dsv4fuse doctor
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALT) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

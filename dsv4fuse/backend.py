@@ -155,7 +155,7 @@ def fuse(target: Any = None, /, **options: Any) -> Any:
     """
     if target is None:
         return lambda wanted: fuse(wanted, **options)
-    passed = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
+    passed: dict[str, Any] = {k: options.pop(k) for k in ("dynamic", "fullgraph") if k in options}
     parsed = parse(options)
 
     settings: dict[str, Any] = {"backend": dsv4fuse, "options": parsed.to_dict(), **passed}

@@ -21,8 +21,9 @@ from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
 from dsv4fuse.layout import Order, arrange, head_order, restore, through, token_count
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.slots import Slots, slots
 from dsv4fuse.specs import QUANT_LEAD, RMS_NORM, ROPE
-from dsv4fuse.writes import Place, Write, written
+from dsv4fuse.writes import Write, written
 
 NAME = "norm_rope_cache"
 
@@ -39,8 +40,7 @@ class Leg:
     norm: Hit | None
     quant: Hit | None
     order: Order  # the root's axes as (batch, sequence) or (batch, sequence, head)
-    write: Write | None = None
-    places: tuple[Place, ...] = ()
+    slots: Slots | None = None  # where its rows are written
 
     @property
     def heads(self) -> bool:
@@ -57,7 +57,7 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     ropes = scene.outermost(ROPE)
     found = [_leg(scene, rope, quants) for rope in ropes]
     writes = list(written(scene.graph))
-    legs = [_written(scene, leg, writes) for leg in found if leg]
+    legs = [leg if leg.heads else _written(scene, leg, writes) for leg in found if leg]
     candidates = [undecided(NAME, r) for r, leg in zip(ropes, found, strict=True) if leg is None]
     left = list(legs)
     for q in [leg for leg in legs if leg.heads]:
@@ -82,38 +82,9 @@ def _leg(scene: Scene, rope: Hit, quants: dict[fx.Node, Hit]) -> Leg | None:
 
 
 def _written(scene: Scene, leg: Leg, writes: list[Write]) -> Leg:
-    """The leg with the write that takes its rows, if there is one that rows describe."""
-    if leg.heads:
-        return leg
-    for write in writes:
-        rows = dict(scene.holders(write.value)).get(leg.root)
-        if rows is None or write.value.meta["val"].dtype != write.cache.meta["val"].dtype:
-            continue
-        own = {v: axis for axis, v in enumerate(rows) if v is not None}
-        places = tuple(_renamed(p, own) for p in write.places)
-        order = _seated(leg.order, places)
-        if order is not None and len(places) in (1, 2):
-            return replace(leg, write=write, places=places, order=order)
-    return leg
-
-
-def _renamed(place: Place, own: dict[int, int]) -> Place:
-    """A place with its axes named by the leg's root instead of the written value."""
-    axes = tuple(None if a is None else own.get(a) for a in place.axes)
-    return replace(place, axes=axes, along=own.get(place.along, place.along))
-
-
-def _seated(order: Order, places: tuple[Place, ...]) -> Order | None:
-    """The order in which a span along the cache's first axis is the batch, along its last the
-    sequence; None when there is no such order."""
-    batch, sequence = order
-    spans = [p.along if p.index is None else None for p in places]
-    if len(places) == 2 and spans[0] is not None and spans[0] == sequence and batch is None:
-        batch, sequence = sequence, None
-    fits = spans[-1] in (None, sequence) and (len(places) == 1 or spans[0] in (None, batch))
-    one = [p for p, a in zip(places, (batch, sequence)[-len(places) :], strict=True)
-           if p.index is None and p.along is None and a is not None]  # fmt: skip
-    return (batch, sequence) if fits and not one else None
+    """The leg with the write that takes its rows, if there is one."""
+    found = slots(scene, leg.root, leg.order, writes)
+    return leg if found is None else replace(leg, slots=found, order=found.order)
 
 
 def _together(scene: Scene, q: Leg, kv: Leg) -> bool:
@@ -132,8 +103,8 @@ def _together(scene: Scene, q: Leg, kv: Leg) -> bool:
     )
     one_rope = q.rope.arguments == kv.rope.arguments
     inputs = [b.node for leg in (q, kv) for _, b in _bounds(leg)]
-    inputs += [q.cos.node, q.sin.node, *_index_nodes(kv.places).values()]
-    outputs = [q.root, kv.root, *([kv.write.node] if kv.write else [])]
+    inputs += [q.cos.node, q.sin.node, *(kv.slots.nodes().values() if kv.slots else ())]
+    outputs = [q.root, kv.root, *([kv.slots.write.node] if kv.slots else [])]
     return (
         same and one_rope and extents(q) == extents(kv) and scene.placeable(inputs, outputs)
     )
@@ -141,15 +112,16 @@ def _together(scene: Scene, q: Leg, kv: Leg) -> bool:
 
 def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Candidate:
     legs = [leg for leg in (q, kv) if leg is not None]
-    write = kv.write if kv else None
+    place = kv.slots if kv else None
+    write = place.write if place else None
     keep = kv is not None and (
         write is None or scene.live_without(kv.root, [write.node])
     )
     bounds = {f"{n}.{k}": b for n, leg in (("q", q), ("kv", kv)) if leg for k, b in _bounds(leg)}
     bounds |= {"cos": legs[0].cos, "sin": legs[0].sin}
     names = {name: bound.node for name, bound in bounds.items()}
-    if write is not None and kv is not None:
-        names |= {"cache": write.cache} | _index_nodes(kv.places)
+    if place is not None:
+        names |= {"cache": place.write.cache} | place.nodes()
     inputs = tuple(dict.fromkeys(names.values()))
     seat = {name: inputs.index(node) for name, node in names.items()}
 
@@ -165,7 +137,7 @@ def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Ca
         tuple(leg.root for leg in legs if leg is not kv or keep),
         (write.cache,) if write else (),
         (write.node,) if write else (),
-        _extents(kv) if kv else {},
+        place.extents() if place else {},
         variant=_variant(q, kv),
         tokens=token_count(legs[0].root, legs[0].order),
         unsupported=divides_by_product(kv.quant.arguments) if kv and kv.quant else None,
@@ -177,7 +149,7 @@ def _candidate(scene: Scene, q: Leg | None, kv: Leg | None, numerics: str) -> Ca
 def _variant(q: Leg | None, kv: Leg | None) -> str:
     if kv is None:
         return "q" if q is not None and q.norm else "q rope"
-    return ("kv" if q is None else "q+kv") + (" cache" if kv.write else "")
+    return ("kv" if q is None else "q+kv") + (" cache" if kv.slots else "")
 
 
 def _bounds(leg: Leg) -> list[tuple[str, Bound]]:
@@ -185,34 +157,12 @@ def _bounds(leg: Leg) -> list[tuple[str, Bound]]:
     return [("x", leg.x), *([("weight", weight)] if weight else [])]
 
 
-def _index_nodes(places: tuple[Place, ...]) -> dict[str, fx.Node]:
-    out = {}
-    for name, place in zip(("slot", "seq"), reversed(places), strict=False):
-        if place.index is not None:
-            out[name] = place.index
-        elif isinstance(place.start, fx.Node):
-            out[f"{name}_start"] = place.start
-    return out
-
-
-def _extents(kv: Leg) -> dict[fx.Node, tuple[int | torch.SymInt, int | None]]:
-    """For each index tensor: the cache's places, and its axis along which they differ."""
-    out = {}
-    for seat, place in zip((1, 0), reversed(kv.places), strict=False):
-        if place.index is not None and kv.write is not None:
-            places = kv.write.cache.meta["val"].shape[-2 if seat == 1 else -3]
-            own = kv.order[seat]
-            counted = len(kv.places) == 2 and own is not None and own in place.axes
-            out[place.index] = (places, place.axes.index(own) if counted else None)
-    return out
-
-
 def _detail(q: Leg | None, kv: Leg | None) -> dict[str, object]:
     parts = []
     for name, leg in (("q", q), ("kv", kv)):
         if leg is not None:
             steps = [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
-            steps += [leg.quant and "fake quant", leg.write and "cache write"]
+            steps += [leg.quant and "fake quant", leg.slots and "cache write"]
             parts.append(f"{name}: " + " → ".join(s for s in steps if s))
     return {"parts": "; ".join(parts)}
 
@@ -243,10 +193,10 @@ def _call(
     positional = [tensors["q"], tensors["kv"], cos, sin, given.get("q.weight"),
                   given.get("kv.weight")]  # fmt: skip
     ops = torch.ops.dsv4fuse
-    if kv is None or kv.write is None:
+    if kv is None or kv.slots is None:
         outs = ops.norm_rope(*positional, **arguments)
     else:
-        place = _place_arguments(kv, given, tokens)
+        place = kv.slots.arguments(given, tokens)
         outs = ops.norm_rope_cache(
             *positional, given["cache"], place.pop("slot"), place.pop("seq"),
             **place, **arguments, keep_kv=keep,
@@ -280,17 +230,6 @@ def _quant_arguments(kv: Leg | None) -> dict[str, object]:
     floor = kv.quant.env.scalars.get("floor", 0.0)
     return {"quant_group": a["group"], "quant_floor": floor, "quant_scale": a["scale"],
             "via": a["via"]}  # fmt: skip
-
-
-def _place_arguments(kv: Leg, given: dict[str, Tensor], tokens: torch.Size) -> dict[str, object]:
-    out: dict[str, object] = {"slot": None, "seq": None, "wrap": True}
-    for name, place in zip(("slot", "seq"), reversed(kv.places), strict=False):
-        if place.index is not None:
-            index = arrange(given[name], Bound(place.index, place.axes, "", False), kv.order)
-            out[name] = index.squeeze(-1).expand(*tokens)
-        else:
-            out[f"{name}_start"] = given.get(f"{name}_start", place.start)
-    return out
 
 
 def example(
