@@ -94,11 +94,10 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(s.n_heads, dtype=torch.float32))
         cache = torch.zeros(s.max_batch, s.window, s.head_dim)
         self.register_buffer("kv_cache", cache, persistent=False)
-        self.register_buffer("freqs_cis", freqs_cis(s.rope_dim, 64), persistent=False)
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, cis: Tensor) -> Tensor:
         s, (batch, length, _) = self.sizes, x.shape
-        cis, rd = self.freqs_cis[start_pos : start_pos + length], s.rope_dim
+        rd = s.rope_dim
 
         q = self.wq_b(self.q_norm(self.wq_a(x))).unflatten(-1, (s.n_heads, s.head_dim))
         q *= torch.rsqrt(q.square().mean(-1, keepdim=True) + s.eps)
@@ -199,22 +198,28 @@ class Layer(nn.Module):
         self.attn_norm, self.ffn_norm = (RMSNorm(sizes.dim, sizes.eps) for _ in "ab")
         self.attn, self.ffn = Attention(sizes), MoE(sizes)
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), start_pos)
+    def forward(self, x: Tensor, start_pos: int, cis: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), start_pos, cis)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Model(nn.Module):
-    """Some layers and a head. x ``[B, S, dim]`` → ``[B, vocab]`` of the last token."""
+    """Some layers and a head. x ``[B, S, dim]`` → ``[B, vocab]`` of the last token.
+
+    ``cis`` are the rotations of x's positions, for who cuts them out of the table outside.
+    """
 
     def __init__(self, sizes: Sizes, n_layers: int, vocab: int = 64):
         super().__init__()
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(n_layers))
         self.norm = RMSNorm(sizes.dim, sizes.eps)
         self.head = nn.Linear(sizes.dim, vocab, bias=False)
+        self.register_buffer("freqs_cis", freqs_cis(sizes.rope_dim, 64), persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor:
+    def forward(self, x: Tensor, start_pos: int, cis: Tensor | None = None) -> Tensor:
+        if cis is None:
+            cis = self.freqs_cis[start_pos : start_pos + x.shape[1]]
         for layer in self.layers:
-            x = layer(x, start_pos)
+            x = layer(x, start_pos, cis)
         return self.head(self.norm(x)[:, -1])
