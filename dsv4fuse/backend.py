@@ -3,6 +3,7 @@ and ``explain``."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -194,8 +195,9 @@ def explain(
     model once, without gradients. Raises FusionError (with the report) where ``expect`` or
     ``strict`` is not met.
     """
-    given = options.to_dict() if isinstance(options, Options) else dict(options or {})
-    parsed = parse({"inner": "eager"} | given)
+    parsed = parse(options)
+    if not isinstance(options, Options) and "inner" not in (options or {}):
+        parsed = dataclasses.replace(parsed, inner="eager")
     report = Report()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def head_order(x: Bound, cos: Bound, lone: str = "batch") -> Order | None:
     shared = [r for r in places if r not in turned]
     if any(r not in places for r in turned):
         return None
-    first = min((places[t] for t in turned), default=-1)
+    first = min((places[t] for t in turned), default=2)  # one rotation for all: [B, S, H, ..]
     batch = [r for r in shared if places[r] < first]
     heads = [r for r in shared if r not in batch]
     if len(batch) == 2 and not heads or len(batch) == 1 and not heads and lone == "heads":

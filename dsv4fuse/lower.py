@@ -111,9 +111,12 @@ class Lowering:
         if target in ELEMENTWISE:
             if node.meta["val"].dtype.is_complex:
                 return self._complex(node, m)
-            return self._spread(node, m, ELEMENTWISE[target], node.args[:3])
+            arity = 3 if ELEMENTWISE[target] == "where" else 2
+            if len(node.args) > arity or node.kwargs.get("alpha", 1) != 1:
+                raise Opaque  # x + alpha·y
+            return self._spread(node, m, ELEMENTWISE[target], node.args)
         if target in FOLDS:
-            return self._fold(node, m, FOLDS[target])
+            return self.fold(node, m, FOLDS[target])
         handler = HANDLERS.get(target)  # filled by views.py
         if handler is None:
             raise Opaque
@@ -211,7 +214,7 @@ class Lowering:
 
     # ---- reductions ------------------------------------------------------------------------
 
-    def _fold(self, node: fx.Node, m: Map, how: str) -> Term:
+    def fold(self, node: fx.Node, m: Map, how: str) -> Term:
         x = node.args[0]
         shape = maps.sizes_of(x.meta["val"])
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", [])
@@ -227,7 +230,7 @@ class Lowering:
                     next(outer)
             else:
                 full.append(next(outer))
-        dtype = node.meta["val"].dtype
+        dtype = x.meta["val"].dtype if how == "amax" else node.meta["val"].dtype
         if how == "sum" and len(reduced) == 1 and shape[reduced[0]] == 2:
             return self._sum_of_two(x, full, reduced[0], dtype)
         body = self.term(x)
@@ -235,12 +238,18 @@ class Lowering:
             raise Opaque
         wide = node.kwargs.get("dtype")
         body = self.make("cast", (body,), wide) if wide is not None else body
-        if body.op == "cast" and how == "amax" and rules.widens(body.args[0].dtype, dtype):
-            inner = self.interner.make(
-                "fold", (how, body.args[0], reduced, shape, tuple(full)), body.args[0].dtype
-            )
-            return self.make("cast", (inner,), dtype)  # choosing commutes with widening
+        narrow = self._narrow(body) if how == "amax" else None
+        if narrow is not None:
+            inner = (how, narrow, reduced, shape, tuple(full))
+            return self.make("cast", (self.interner.make("fold", inner, narrow.dtype),), dtype)
         return self.interner.make("fold", (how, body, reduced, shape, tuple(full)), dtype)
+
+    def _narrow(self, t: Term) -> Term | None:
+        """t without its widening, which commutes with choosing: of a cast, of |a cast|."""
+        if t.op == "cast" and rules.widens(t.args[0].dtype, t.dtype):
+            return t.args[0]
+        inner = self._narrow(t.args[0]) if t.op == "abs" else None
+        return None if inner is None else self.make("abs", (inner,), inner.dtype)
 
     def _sum_of_two(self, x: fx.Node, m: list[Any], axis: int, dtype: torch.dtype) -> Term:
         """A sum over an axis of two is one addition."""

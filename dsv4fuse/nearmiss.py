@@ -77,7 +77,8 @@ class _Alignment:
 
     def first(self, p: Term, g: Term, path: str, near: fx.Node) -> Difference | None:
         origins = self.scene.low.origins.get(g)
-        near = origins[0][0] if origins else near
+        if origins and origins[0][0].op == "call_function":
+            near = origins[0][0]
         here = f"{path}/{p.op}" if p.op not in ("load", "const") else path or "/"
         if p.op == "load":
             return None

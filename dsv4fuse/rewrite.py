@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.terms import short
+from dsv4fuse.views import base_of
 
 
 class Declined(Exception):
@@ -25,6 +26,9 @@ def plan(candidate: Candidate) -> fx.GraphModule:
     """
     if candidate.unsupported:
         raise Declined(candidate.unsupported)
+    for node in candidate.inputs:
+        if node not in candidate.caches and base_of(node) in candidate.caches:
+            raise Declined(f"{node.name} is a part of the cache that the fused op would write.")
     try:
         importlib.import_module(f"dsv4fuse.kernels.{candidate.fusion}")
     except ImportError as error:
@@ -75,20 +79,19 @@ def apply(
     last = max(inputs)
     replaced = (*candidate.outputs, *candidate.updates)
     for old in replaced:
-        early = next((u for u in old.users if u < last), None)
+        early = next((u for u in old.users if not last < u), None)
         if early is not None:
             raise Declined(
                 f"{early.name} reads the result before {last.name}, which the fused op needs, "
                 "is there."
             )
+    first = min((u for old in replaced for u in old.users), default=last.next)
     for cache, update in zip(candidate.caches, candidate.updates, strict=True):
-        _unread(cache, update, last)
-    while last.next.op == "placeholder":
-        last = last.next
+        _unread(cache, update, first)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     env = dict(zip(placeholders, inputs, strict=True))
     results: tuple[fx.Node, ...] = ()
-    with graph.inserting_before(last.next):
+    with graph.inserting_before(first):
         for node in traced.graph.nodes:
             if node.op == "output":
                 results = tuple(env[n] for n in node.args[0])
@@ -104,8 +107,8 @@ def apply(
         newer[old] = new
 
 
-def _unread(cache: fx.Node, update: fx.Node, last: fx.Node) -> None:
-    """Declines if anything that stays reads the old version of a cache after the write."""
+def _unread(cache: fx.Node, update: fx.Node, first: fx.Node) -> None:
+    """Declines if anything that stays reads the old version of a cache once it is written."""
     gone, stack = {update}, [update]
     while stack:  # what only the replaced update needed goes with it
         for source in stack.pop().all_input_nodes:
@@ -114,5 +117,5 @@ def _unread(cache: fx.Node, update: fx.Node, last: fx.Node) -> None:
                 stack.append(source)
     for user in cache.users:
         home = user.target is torch.ops.aten.copy_.default and user.args[0] is cache
-        if user not in gone and user > last and not home:
+        if user not in gone and not user < first and not home:
             raise Declined(f"{user.name} reads the cache between its old and its new version.")

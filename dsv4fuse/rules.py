@@ -8,6 +8,7 @@ change rounding. A rule is a function of (op, args, dtype, make) that answers th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,10 +98,13 @@ def _unit(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None
 
 
 def _where(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
-    """where(x > c, c, x) = min(x, c), where(x < c, c, x) = max(x, c); NaN stays x in both."""
+    """where(x > c, c, x) = min(x, c), where(x < c, c, x) = max(x, c); NaN stays x in both.
+
+    Not with ≥ or ≤: at c = 0 they answer c's zero for x = -0, the clamp either.
+    """
     test, yes, no = a
-    if test.op in ("gt", "ge", "lt", "le") and test.args == (no, yes) and number(yes) is not None:
-        return make("minimum" if test.op[0] == "g" else "maximum", (no, yes), d)
+    if test.op in ("gt", "lt") and test.args == (no, yes) and number(yes) is not None:
+        return make("minimum" if test.op == "gt" else "maximum", (no, yes), d)
     return None
 
 
@@ -124,6 +128,17 @@ def _over_root(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term |
         return None
     root = make("rsqrt", y.args, d)
     return root if number(x) == 1.0 else make("mul", (x, root), d)
+
+
+def _mean(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """sum(x) / N ~ mean(x)."""
+    x, n = a
+    if x.op != "fold" or x.args[0] != "sum" or number(n) is None:
+        return None
+    extents = [x.args[3][axis] for axis in x.args[2]]
+    if not all(isinstance(e, int) for e in extents) or math.prod(extents) != n.args[0]:
+        return None
+    return make("fold", ("mean", *x.args[1:]), d)
 
 
 def _silu(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
@@ -163,6 +178,7 @@ RULES: tuple[Rule, ...] = (
         lambda a, d, make: make("add", (a[0], make("neg", (a[1],), d)), d),
     ),  # x - y = x + (-y)
     Rule("divide by root", "ulp", ("div",), _over_root),  # x/sqrt(y) ~ x·rsqrt(y)
+    Rule("mean by sum", "ulp", ("div",), _mean),  # sum(x)/N ~ mean(x)
     Rule("silu by sigmoid", "ulp", ("mul",), _silu),  # x·sigmoid(x) ~ x/(1+exp(-x))
     Rule(
         "reciprocal",

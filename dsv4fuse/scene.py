@@ -20,6 +20,9 @@ from dsv4fuse.terms import Complex, Term, straight
 assert views.means and joins.means  # importing them registers what ATen operations mean
 
 
+NEAREST = 2  # of an atom's ways to appear at a node, how many are kept to explain a near miss
+
+
 @dataclass(frozen=True)
 class Spec:
     """One way an atom may appear: hole shapes and dtypes, captured scalars, fixed arguments."""
@@ -27,6 +30,7 @@ class Spec:
     holes: tuple[tuple[Hole, torch.dtype], ...]
     scalars: tuple[str, ...] = ()
     arguments: tuple[tuple[str, object], ...] = ()
+    round_scalars: bool = True  # the captured scalars are numbers that bf16 holds
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,18 @@ class Scene:
         root = self.low.term(node)
         if isinstance(root, Complex) or not atom.needs <= self.operations(root):
             return None
+        missed: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         for spec in atom.specs(node, root):
             pattern = trace.pattern(
-                atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments
-            )
+                atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments,
+                spec.round_scalars,
+            )  # fmt: skip
             attempt = Unifier(pattern, self.low, node)
             env = attempt.run()
             if env is not None:
                 return Hit(atom, node, env, dict(spec.arguments))
-            self.misses.append((atom, node, pattern, attempt.miss))
+            missed.append((atom, node, pattern, attempt.miss))
+        self.misses += sorted(missed, key=lambda m: -m[3].score)[:NEAREST]
         return None
 
     def operations(self, term: Term) -> frozenset[str]:

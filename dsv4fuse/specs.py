@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,7 @@ from dsv4fuse.trace import ROWS
 
 F32 = torch.float32
 NARROW = (torch.bfloat16, torch.float16)
+Arguments = tuple[tuple[str, object], ...]
 
 
 def lanes(node: fx.Node) -> int | None:
@@ -72,66 +74,86 @@ def _swiglu(node: fx.Node, root: Term) -> Iterator[Spec]:
                 holes = [(Hole("gate", (ROWS, width)), x), (Hole("up", (ROWS, width)), x)]
                 if weight is not None:
                     holes.append((Hole("weight", (ROWS, 1), weight == F32), weight))
-                for scalars, fixed in ((("limit",), ()), ((), (("limit", None),))):
-                    yield Spec(tuple(holes), scalars, (*fixed, ("rounding", rounding)))
+                arguments = (("rounding", rounding),)
+                for round_limit in (True, False):
+                    yield Spec(tuple(holes), ("limit",), arguments, round_limit)
+                yield Spec(tuple(holes), (), (("limit", None), *arguments))
 
 
-def group_of(term: Term, depth: int = 14) -> int | None:
-    """The extent of the block maximum that a quantisation divides by."""
-    if term.op == "fold" and term.args[0] == "amax":
-        axes, shape = term.args[2], term.args[3]
-        return shape[-1] if axes == (len(shape) - 1,) and isinstance(shape[-1], int) else None
-    if depth == 0:
-        return None
-    inner = (group_of(a, depth - 1) for a in term.args if isinstance(a, Term))
-    return next((g for g in inner if g is not None), None)
+@dataclass(frozen=True)
+class Quantiser:
+    """What a term says of the quantiser in it, so that few of its spellings need a try."""
 
+    group: int
+    dtype: torch.dtype  # of the value quantised
+    scale: str
+    saturate: bool
 
-Arguments = tuple[tuple[str, object], ...]
-
-
-def quant_arguments(group: int) -> Iterator[tuple[tuple[str, ...], Arguments]]:
-    """(captured scalars, fixed arguments) of the quantisers' spellings."""
-    for scale in ("pow2", "fp32"):
+    def spellings(self) -> Iterator[tuple[tuple[str, ...], Arguments]]:
+        """(captured scalars, fixed arguments) of ``atoms.amax_scale``."""
         for via in ("div", "mul"):
-            for floored in (True, False):
-                floor = () if floored else (("floor", None),)
-                names = ("floor",) if floored else ()
-                yield names, (("group", group), *floor, ("scale", scale), ("via", via))
+            fixed = (("group", self.group), ("scale", self.scale), ("via", via))
+            yield ("floor",), fixed
+            yield (), (*fixed, ("floor", None))
+
+    def encoded(self) -> Iterator[tuple[tuple[str, ...], Arguments]]:
+        """The same of ``atoms.group_quant``."""
+        for names, fixed in self.spellings():
+            for by in ("div", "mul"):
+                yield names, (*fixed, ("by", by), ("saturate", self.saturate))
+
+
+def quantiser(term: Term) -> Quantiser | None:
+    """The quantiser whose block maximum a term divides by, if there is one."""
+    inner = list(_walk(term, 14))
+    maximum = next((t for t in inner if t.op == "fold" and t.args[0] == "amax"), None)
+    if maximum is None or maximum.args[2] != (len(maximum.args[3]) - 1,):
+        return None
+    group = maximum.args[3][-1]
+    coded = next((t for t in inner if t.op == "cast" and t.dtype == atoms.FP8), None)
+    saturate = coded is not None and coded.args[0].op == "minimum"
+    scale = "pow2" if any(t.op == "exp2" for t in inner) else "fp32"
+    return Quantiser(group, maximum.dtype, scale, saturate) if isinstance(group, int) else None
+
+
+def _walk(term: Term, depth: int) -> Iterator[Term]:
+    yield term
+    if depth and term.op != "fold":
+        for a in term.args:
+            if isinstance(a, Term):
+                yield from _walk(a, depth - 1)
 
 
 def _codes(node: fx.Node, root: Term) -> Iterator[Spec]:
     shape = node.meta["val"].shape
-    group = group_of(root)
-    if node.meta["val"].dtype != atoms.FP8 or root.op != "cast" or group is None:
+    if node.meta["val"].dtype != atoms.FP8 or root.op != "cast":
+        return
+    found = quantiser(root)
+    if found is None:
         return
     layouts = [(lanes(node), False)]
-    if len(shape) > 1 and shape[-1] == group and isinstance(shape[-2], int):
-        layouts.insert(0, (shape[-2] * group, True))
+    if len(shape) > 1 and shape[-1] == found.group and isinstance(shape[-2], int):
+        layouts.insert(0, (shape[-2] * found.group, True))
     for width, blocked in layouts:
-        if width is None or width % group:
+        if width is None or width % found.group:
             continue
-        for names, fixed in quant_arguments(group):
-            for by in ("div", "mul"):
-                for saturate in (True, False):
-                    for x in (*NARROW, F32):
-                        tail = (("by", by), ("saturate", saturate), ("blocked", blocked))
-                        yield Spec(((Hole("x", (ROWS, width)), x),), names, (*fixed, *tail))
+        for names, fixed in found.encoded():
+            hole = (Hole("x", (ROWS, width)), found.dtype)
+            yield Spec((hole,), names, (*fixed, ("blocked", blocked)))
 
 
 def _scales(node: fx.Node, root: Term) -> Iterator[Spec]:
-    group = group_of(root, 6)
     shape = node.meta["val"].shape
-    if group is None or node.meta["val"].dtype != F32 or root.op not in ("exp2", "div", "mul"):
+    if node.meta["val"].dtype != F32 or root.op not in ("exp2", "div", "mul") or not len(shape):
         return
-    keep = len(shape) > 0 and isinstance(shape[-1], int) and shape[-1] == 1
+    found = quantiser(root)
+    keep = isinstance(shape[-1], int) and shape[-1] == 1
     width = shape[-2] if keep and len(shape) > 1 else shape[-1]
-    if not isinstance(width, int):
+    if found is None or not isinstance(width, int):
         return
-    for names, fixed in quant_arguments(group):
-        for x in (*NARROW, F32):
-            holes = ((Hole("x", (ROWS, width * group)), x),)
-            yield Spec(holes, names, (*fixed, ("keepdim", keep)))
+    for names, fixed in found.spellings():
+        hole = (Hole("x", (ROWS, width * found.group)), found.dtype)
+        yield Spec((hole,), names, (*fixed, ("keepdim", keep)))
 
 
 def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
@@ -139,15 +161,12 @@ def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
     if width is None or root.op != "cat" or len(root.args) != 4:
         return
     (lead, tail), first = root.args[1], root.args[2]
-    group = group_of(first)
-    if group is None or lead % group:
+    found = quantiser(first)
+    if found is None or lead % found.group:
         return
-    hole = ((Hole("x", (ROWS, width)), node.meta["val"].dtype),)
-    for names, fixed in quant_arguments(group):
-        for by in ("div", "mul"):
-            for saturate in (True, False):
-                arguments = (("tail", tail), *fixed, ("by", by), ("saturate", saturate))
-                yield Spec(hole, names, arguments)
+    hole = (Hole("x", (ROWS, width)), node.meta["val"].dtype)
+    for names, fixed in found.encoded():
+        yield Spec((hole,), names, (("tail", tail), *fixed))
 
 
 def _codes_of(x: Tensor, *, group: int, blocked: bool, **quant: object) -> Tensor:

@@ -19,8 +19,10 @@ from dsv4fuse.terms import Complex
 
 ROWS = 7  # the extent of a pattern's row axis; it never takes part in a match
 Shape = tuple[int, ...]
-# Values that stand for a captured scalar in a traced reference.
-SENTINELS = (0.8251953125, 0.6435546875, 0.5810546875)
+# Values that stand for a captured scalar in a traced reference: bf16 holds the first three, so that
+# rules which ask whether a bound is representable answer as they do for most bounds that people
+# write; it does not hold the others.
+SENTINELS = {True: (0.8203125, 0.6328125, 0.578125), False: (0.82519543, 0.64355543, 0.58105543)}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -30,13 +32,17 @@ def pattern(
     holes: tuple[tuple[Hole, torch.dtype], ...],
     scalars: tuple[str, ...],
     arguments: tuple[tuple[str, object], ...],
+    round_scalars: bool = True,
 ) -> Pattern:
     """The normal form of ``reference(*holes, **scalars, **arguments)``.
+
+    ``round_scalars``: the captured scalars are numbers that bf16 holds.
 
     Parameters of the reference that are neither hole, scalar nor argument are passed as None.
     """
     names = [h.name for h, _ in holes]
-    values = dict(zip(scalars, SENTINELS, strict=False)) | dict(arguments)
+    captured = dict(zip(scalars, SENTINELS[round_scalars], strict=False))
+    values = captured | dict(arguments)
     absent = {
         p.name: None
         for p in inspect.signature(reference).parameters.values()
@@ -61,6 +67,6 @@ def pattern(
         root,
         low,
         {n: h for n, (h, _) in zip(inputs, holes, strict=True)},
-        {v: k for k, v in zip(scalars, SENTINELS, strict=False)},
+        {v: k for k, v in captured.items()},
         len(output.meta["val"].shape) - 1,
     )

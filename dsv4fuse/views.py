@@ -143,9 +143,49 @@ def _relu(low: Lowering, node: fx.Node, m: Map) -> Value:
 @means(aten.full.default, aten.full_like.default, aten.new_full.default)
 def _full(low: Lowering, node: fx.Node, m: Map) -> Value:
     value = node.args[1] if node.target is not aten.new_full.default else node.args[2]
+    return _constant(low, value, node.meta["val"].dtype)
+
+
+@means(aten.scalar_tensor.default)
+def _scalar_tensor(low: Lowering, node: fx.Node, m: Map) -> Value:
+    return _constant(low, node.args[0], node.meta["val"].dtype)
+
+
+def _constant(low: Lowering, value: Any, dtype: torch.dtype) -> Term:
+    """A number as a tensor of that dtype holds it."""
     if not isinstance(value, int | float):
         raise Opaque
-    return low.interner.const(value)
+    return low.interner.const(torch.tensor(value, dtype=dtype).item())
+
+
+@means(aten.pow.Scalar)
+def _exp2(low: Lowering, node: fx.Node, m: Map) -> Value:
+    """2 ** x; other functions of the maths library may differ in the last bit."""
+    base, exponent = node.args
+    if base != 2:
+        raise Opaque
+    power = low._spread(node, m, "exp2", (exponent,))
+    low.loose[power] = "power of two"
+    return power
+
+
+VIEWS = frozenset(
+    {
+        aten.view.default, aten.reshape.default, aten.permute.default, aten.t.default,
+        aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.squeeze.default, aten.expand.default, aten.alias.default, aten.detach.default,
+        aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.split.Tensor,
+        aten.split_with_sizes.default, aten.as_strided.default, aten.diagonal.default,
+        operator.getitem,
+    }
+)  # fmt: skip
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows."""
+    while node.target in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 # ---- slices ------------------------------------------------------------------------------------
@@ -200,6 +240,8 @@ def _select(low: Lowering, node: fx.Node, m: Map) -> Value:
 def _getitem(low: Lowering, node: fx.Node, m: Map) -> Value:
     """One output of a split, chunk or unbind is a slice."""
     source, k = node.args
+    if source.target is aten.max.dim and k == 0:
+        return low.fold(source, m, "amax")
     if source.target is aten.unbind.int:
         base, axis = source.args[0], argument(source, 1, "dim", 0)
         axis %= len(shape_of(base))

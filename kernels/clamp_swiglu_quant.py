@@ -247,6 +247,7 @@ def clamp_swiglu(
 
 @clamp_swiglu.register_fake
 def _(gate, up, weight, *, limit, rounding, precise=False):
+    _check(gate, up, weight, rounding, 0)
     return gate.new_empty(gate.shape, dtype=out_dtype(gate, weight, rounding))
 
 
@@ -269,7 +270,8 @@ def clamp_swiglu_quant(
 
 
 @clamp_swiglu_quant.register_fake
-def _(gate, up, weight, *, group=128, scale="fp32", col_major=False, **_):
+def _(gate, up, weight, *, rounding, group=128, scale="fp32", col_major=False, **_):
+    _check(gate, up, weight, rounding, group)
     codes = gate.new_empty(gate.shape, dtype=common.FP8)
     scales = allocate_scales(codes, group, scale, col_major)
     return codes, finish_scales(scales, gate.shape[0], scale, col_major)

@@ -228,6 +228,7 @@ def inv_rope(
 
 @inv_rope.register_fake
 def _(o, cos, sin, *, heads_first=False, **_):
+    rows.check(o, None, cos, sin)
     return rows.allocate(o, None, None, None, "none", "none", heads_first)[0]
 
 
@@ -250,6 +251,7 @@ def inv_rope_quant(
 
 @inv_rope_quant.register_fake
 def _(o, cos, sin, *, groups, group=128, col_major=False, token_major=True, **_):
+    _check(o, cos, sin, groups, group)
     return allocate(o, groups, group, col_major, token_major)
 
 

@@ -53,7 +53,7 @@ def out_dtype(x: Tensor, weight: Tensor | None, norm: str) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype)
 
 
-def _check(q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+def check(q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     x = q if q is not None else kv
     if x is None:
         raise ValueError("norm_rope needs q, kv or both")
@@ -148,7 +148,7 @@ def launch(
     slot_start: int = 0, seq_start: int = 0, wrap: bool = True, keep_kv: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Allocate the outputs and launch the kernel once."""
-    x = _check(q, kv, cos, sin)
+    x = check(q, kv, cos, sin)
     batch, length, d, half = x.shape[0], x.shape[1], x.shape[-1], cos.shape[-1]
     q_out, kv_out = allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
     tokens, heads = batch * length, 1 if q is None else q.shape[2]
@@ -197,7 +197,7 @@ def reference(
     keep_kv: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both ops in plain PyTorch, composed of atoms; writes ``cache`` in place if given."""
-    _check(q, kv, cos, sin)
+    check(q, kv, cos, sin)
     outs = allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
     if q is not None:
         table = cos.unsqueeze(2), sin.unsqueeze(2)
@@ -262,6 +262,7 @@ def norm_rope(
 
 @norm_rope.register_fake
 def _(q, kv, cos, sin, q_weight, kv_weight, *, q_norm, kv_norm, q_heads_first=False, **_):
+    check(q, kv, cos, sin)
     return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first)
 
 
@@ -288,6 +289,7 @@ def norm_rope_cache(
 @norm_rope_cache.register_fake
 def _(q, kv, cos, sin, q_weight, kv_weight, cache, slot, seq, *, q_norm, kv_norm,
       q_heads_first=False, keep_kv=True, **_):  # fmt: skip
+    check(q, kv, cos, sin)
     return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
 
 

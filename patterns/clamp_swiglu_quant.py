@@ -7,6 +7,7 @@ groups along I. Seed: ATOM's expert activation; DeepSeek's reference; transforme
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -51,7 +52,7 @@ def _candidate(hit: Hit, quant: Quantised | None, numerics: str) -> Candidate:
         call,
         outputs,
         variant="quant" if quant else "plain",
-        tokens=hit.node.meta["val"].shape[:-1].numel(),
+        tokens=math.prod(hit.node.meta["val"].shape[:-1]),
         unsupported=quant.unsupported if quant else None,
         loose=hit.env.loose | (quant.loose if quant else frozenset()),
         detail={"parts": " → ".join(s for s in steps if s)},
@@ -62,7 +63,7 @@ def _call(
     hit: Hit, quant: Quantised | None, rows: dict[str, Tensor], numerics: str
 ) -> tuple[Tensor, ...]:
     *lead, width = torch.broadcast_shapes(rows["gate"].shape, rows["up"].shape)
-    flat = [t if t is None else t.expand(*lead, -1).flatten(0, -2)
+    flat = [None if t is None else _flat(t.expand(*lead, -1))
             for t in (rows["gate"], rows["up"], rows.get("weight"))]  # fmt: skip
     arguments = {
         "limit": hit.env.scalars.get("limit"),
@@ -73,6 +74,11 @@ def _call(
         return (torch.ops.dsv4fuse.clamp_swiglu(*flat, **arguments).view(*lead, width),)
     codes, scales = torch.ops.dsv4fuse.clamp_swiglu_quant(*flat, **arguments, **quant.arguments)
     return quant.shaped(codes, scales, [*lead, width])
+
+
+def _flat(t: Tensor) -> Tensor:
+    """``[.., lanes]`` as ``[T, lanes]``."""
+    return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
 def example(tokens: int, sizes: Sizes, device: str, quant: bool) -> Example:

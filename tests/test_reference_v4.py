@@ -41,7 +41,7 @@ def build(dtype):
     return model
 
 
-def run(model, forward, length, table, steps=4):
+def run(model, forward, length, table, steps=3):
     """Last logits of a prefill and of decode steps, and the caches after each."""
     generator = torch.Generator().manual_seed(length)
     dtype, seen = model.head.weight.dtype, []
@@ -63,15 +63,16 @@ def close(found, wanted, near):
         assert (a.float() - b.float()).abs().max() <= near * b.float().abs().max()
 
 
-# Shorter than the window; longer, so that the prefill's write wraps and is two. Each decode
-# position is a graph of its own until Dynamo makes it a symbol.
-@pytest.mark.parametrize("length", [5, 19])
+# Shorter than the window, so that a decode comes round; longer, so that the prefill's write wraps
+# and is two. An int position makes each row of the ring a graph of its own.
+@pytest.mark.parametrize("length", [6, 19])
 @pytest.mark.parametrize("table", ["given", "cut inside"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_prefill_and_decode(dtype, table, length):
     eager, ours, bare = build(dtype), build(dtype), build(dtype)
     unfused = torch.compile(bare, backend="aot_eager_decomp_partition", fullgraph=True)
     found = run(ours, compiled(ours), length, table)
+    torch._dynamo.reset()  # its limit of graphs counts for the code, whatever the backend
     narrow = dtype == torch.bfloat16
     close(found, run(bare, unfused, length, table), 0.0 if narrow else 1e-5)
     close(found, run(eager, eager, length, table), 0.03 if narrow else 1e-5)
