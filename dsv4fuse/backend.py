@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from dsv4fuse import cache, compat, pipeline
-from dsv4fuse.fusion import registry
+from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report
 
@@ -78,6 +78,7 @@ def dsv4fuse(
     ``strict`` is not met.
     """
     parsed = parse(options)
+    register_ops()
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner)
     differentiated = compat.will_be_differentiated(gm, example_inputs)

@@ -8,6 +8,7 @@ to verify the site, and traced to rewrite the graph.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -91,6 +92,14 @@ def undecided(fusion: str, hit: Hit) -> Candidate:
         (hit.node,),
         unsupported="Its leading axes are more than a batch, a sequence and heads.",
     )
+
+
+def register_ops() -> None:
+    """Register every fused op: a graph out of Inductor's cache calls them with no pass run."""
+    kernels = importlib.import_module("dsv4fuse.kernels")
+    for module in pkgutil.iter_modules(kernels.__path__):
+        with contextlib.suppress(ImportError):  # without Triton no graph has them
+            importlib.import_module(f"dsv4fuse.kernels.{module.name}")
 
 
 @cache

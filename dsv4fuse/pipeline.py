@@ -21,13 +21,15 @@ def run(graph: fx.Graph, options: Options) -> Report:
     """Fuse what can be fused in ``graph``, in place."""
     started = time.perf_counter()
     scene = Scene(graph)
-    fusions = [f for name, f in registry().items() if options.wants(name)]
+    fusions = list(registry().values())
     candidates = [c for f in fusions for c in f.find(scene, options.numerics)]
     covered: set[fx.Node] = set()
     planned, sites = [], []
     for candidate in candidates:
         region = _region(scene, candidate)
         covered.update(region)
+        if not options.wants(candidate.fusion):
+            continue
         status, reason, traced = _decide(candidate, region, options)
         if traced is None:
             sites.append(_site(candidate, status, reason))
@@ -41,7 +43,9 @@ def run(graph: fx.Graph, options: Options) -> Report:
         except rewrite.Declined as error:
             sites.append(_site(candidate, "declined", str(error)))
     for near in near_misses(scene, covered):
-        fusion = next(f.name for f in fusions if near.atom in f.atoms)
+        fusion = next((f.name for f in fusions if near.atom in f.atoms), "")
+        if not options.wants(fusion) or not fusion:
+            continue
         module, file, line = compat.place(near.difference.node)
         sites.append(Site(fusion, "near-miss", module, file, line, near.sentence))
     graph.eliminate_dead_code()

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate
+from dsv4fuse.scene import readers
 from dsv4fuse.terms import short
 from dsv4fuse.views import base_of
 
@@ -78,14 +79,13 @@ def apply(
     inputs = [newer.get(n, n) for n in candidate.inputs]
     last = max(inputs)
     replaced = (*candidate.outputs, *candidate.updates)
-    for old in replaced:
-        early = next((u for u in old.users if not last < u), None)
-        if early is not None:
-            raise Declined(
-                f"{early.name} reads the result before {last.name}, which the fused op needs, "
-                "is there."
-            )
-    first = min((u for old in replaced for u in old.users), default=last.next)
+    read, shown = (set().union(*sets) for sets in zip(*map(readers, replaced), strict=True))
+    early = next((u for u in sorted(read) if not last < u), None)
+    if early is not None:
+        raise Declined(
+            f"{early.name} reads the result before {last.name}, which the fused op needs, is there."
+        )
+    first = min(read, default=last.next)
     for cache, update in zip(candidate.caches, candidate.updates, strict=True):
         _unread(cache, update, first)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -102,6 +102,8 @@ def apply(
                         copy.meta[name] = candidate.root.meta[name]
             elif node.op != "placeholder":
                 raise Declined(f"The fused op needs a constant of its own ({node.target}).")
+    for view in sorted(v for v in shown if v < first):
+        first.prepend(view)  # a view that stood in front of the fused op comes behind it
     for old, new in zip(replaced, results, strict=True):
         old.replace_all_uses_with(new)
         newer[old] = new

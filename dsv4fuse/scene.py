@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import joins, maps, trace, views
 from dsv4fuse.lower import Lowering
-from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
+from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier, whole_axes
 from dsv4fuse.terms import Complex, Term, straight
 
 assert views.means and joins.means  # importing them registers what ATen operations mean
@@ -60,6 +60,21 @@ class Hit:
 
     def scalar(self, name: str) -> float:
         return self.env.scalars[name]
+
+
+def readers(node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
+    """(the nodes that read a value, directly or through views, those views)."""
+    found: set[fx.Node] = set()
+    between: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user.target in views.VIEWS and user not in between:
+            between.add(user)
+            stack += user.users
+        elif user.target not in views.VIEWS:
+            found.add(user)
+    return found, between
 
 
 class Scene:
@@ -153,7 +168,7 @@ class Scene:
     def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
         """Is there a place after all inputs and before every reader of the outputs?"""
         last = max((self.order[n] for n in inputs), default=-1)
-        return all(self.order[user] > last for n in outputs for user in n.users)
+        return all(self.order[user] > last for n in outputs for user in readers(n)[0])
 
     def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
         """Would node still be needed if the given nodes were replaced by something else?"""
@@ -176,11 +191,7 @@ class Scene:
         for other, m in self.low.origins.get(term, []):
             if not m or m[-1].whole() != lane:
                 continue
-            rows = tuple(None if i == maps.ZERO else i.whole() for i in m[:-1])
-            shape = maps.sizes_of(other.meta["val"])
-            exact = all(
-                n == 1 if r is None else i != maps.ZERO
-                for n, r, i in zip(shape, rows, m, strict=False)
-            )
-            if exact:
-                yield other, rows
+            lead = m[:-1]
+            plain = all(i == maps.ZERO or i.whole() is not None for i in lead)
+            if plain and whole_axes(lead, maps.sizes_of(other.meta["val"])):
+                yield other, tuple(i.whole() for i in lead)

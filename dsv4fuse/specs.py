@@ -20,9 +20,9 @@ Arguments = tuple[tuple[str, object], ...]
 
 
 def lanes(node: fx.Node) -> int | None:
-    """The extent of a node's last axis, when it is a fixed number."""
+    """The extent of a node's last axis, when it is a fixed number of more than one."""
     shape = node.meta["val"].shape
-    return int(shape[-1]) if len(shape) and isinstance(shape[-1], int) else None
+    return int(shape[-1]) if len(shape) and isinstance(shape[-1], int) and shape[-1] > 1 else None
 
 
 def _rms_norm(node: fx.Node, root: Term) -> Iterator[Spec]:
@@ -158,7 +158,8 @@ def _scales(node: fx.Node, root: Term) -> Iterator[Spec]:
 
 def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
     width = lanes(node)
-    if width is None or root.op != "cat" or len(root.args) != 4:
+    last = node.meta["val"].dim() - 1
+    if width is None or root.op != "cat" or len(root.args) != 4 or root.args[0] != last:
         return
     (lead, tail), first = root.args[1], root.args[2]
     found = quantiser(first)

@@ -18,7 +18,7 @@ from dsv4fuse.chains import Quantised, quantised
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.layout import arrange
 from dsv4fuse.scene import Hit, Scene
-from dsv4fuse.specs import CODES, SCALES, SWIGLU
+from dsv4fuse.specs import CODES, SWIGLU
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
@@ -95,4 +95,4 @@ def example(tokens: int, sizes: Sizes, device: str, quant: bool) -> Example:
 
 
 EXAMPLES = {"quant": partial(example, quant=True), "plain": partial(example, quant=False)}
-FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES, SCALES), EXAMPLES)
+FUSION = Fusion("clamp_swiglu_quant", find, (SWIGLU, CODES), EXAMPLES)

@@ -19,7 +19,7 @@ from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
 from dsv4fuse.layout import Order, arrange, head_order, restore, token_count
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
-from dsv4fuse.specs import CODES, INVERSE_ROPE, SCALES
+from dsv4fuse.specs import CODES, INVERSE_ROPE
 
 
 @dataclass(frozen=True)
@@ -139,4 +139,4 @@ def example(tokens: int, sizes: Sizes, device: str, quant: bool) -> Example:
 
 
 EXAMPLES = {"quant": partial(example, quant=True), "plain": partial(example, quant=False)}
-FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES, SCALES), EXAMPLES)
+FUSION = Fusion("inv_rope_quant", find, (INVERSE_ROPE, CODES), EXAMPLES)
