@@ -65,6 +65,7 @@ class Lowering:
     def __init__(self, interner: Interner | None = None) -> None:
         self.interner = interner or Interner()
         self.origins: dict[Term, list[tuple[fx.Node, Map]]] = defaultdict(list)
+        self.parts: dict[Term, list[tuple[fx.Node, Map, str]]] = defaultdict(list)
         self.loose: dict[Term, str] = {}  # terms that an ulp rule made, with its name
         self._known: dict[tuple[fx.Node, Map], Term | Complex] = {}
 
@@ -82,6 +83,9 @@ class Lowering:
             self._known[(node, m)] = known
             if isinstance(known, Term):
                 self.origins[known].append((node, m))
+            elif known.im.op != "neg":  # a conjugated tensor cannot be viewed as real
+                self.parts[known.re].append((node, m, "re"))
+                self.parts[known.im].append((node, m, "im"))
         return known
 
     def make(self, op: str, args: tuple[Any, ...], dtype: torch.dtype | None) -> Term:

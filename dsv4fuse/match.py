@@ -236,9 +236,8 @@ class Unifier:
         """The nodes that hold g as the hole wants to read it, nearest to the inputs first."""
         if hole.wide and g.op == "cast" and rules.widens(g.args[0].dtype, g.dtype):
             yield from self._options(hole, wanted, g.args[0], space)
-        if g.op in ("re", "im"):
-            node, m = g.args[0].args
-            bound = self._bound(hole, wanted, node, m, space, g.op)
+        for node, m, part in self.low.parts.get(g, []):
+            bound = self._bound(hole, wanted, node, m, space, part)
             if bound:
                 yield bound
         for node, m in self.low.origins.get(g, []):

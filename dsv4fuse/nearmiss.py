@@ -106,6 +106,11 @@ class _Alignment:
                 yield from self.nodes(a, b)
 
 
+def _called(node: fx.Node | None) -> fx.Node | None:
+    """A node that a line of the user's stands behind, not a graph input."""
+    return node if node is not None and node.op == "call_function" else None
+
+
 def size(p: Term) -> int:
     """How many operations a reference has, counted as ``alike`` counts them."""
     return 1 + sum(size(a) for a in p.args if isinstance(a, Term))
@@ -124,7 +129,7 @@ def near_misses(scene: Scene, covered: set[fx.Node]) -> list[NearMiss]:
         if alike < ALIKE or not scene.first(node):
             continue
         where = alignment.first(pattern.root, root, "", node) or Difference(
-            miss.path, miss.wanted, miss.found, miss.node or node
+            miss.path, miss.wanted, miss.found, _called(miss.node) or node
         )
         near = NearMiss(atom, node, alike, where)
         found.append((near, set(alignment.nodes(pattern.root, root))))

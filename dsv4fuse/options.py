@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 Numerics = Literal["faithful", "precise"]
-Select = Literal["auto", "always", "never", "measure"]
+Select = Literal["auto", "always", "never"]
 Inner = Literal["inductor", "eager"]
 
 #: The values that each choice option takes.
 CHOICES: dict[str, tuple[str, ...]] = {
     "numerics": ("faithful", "precise"),
-    "select": ("auto", "always", "never", "measure"),
+    "select": ("auto", "always", "never"),
     "inner": ("inductor", "eager"),
 }
 
@@ -69,7 +69,7 @@ class Options:
     verify: bool = True
     """Compare every site with the region it replaces, on random inputs, before it is taken."""
     select: Select = "auto"
-    """``auto`` follows measured data, ``measure`` times on the spot, the others do as they say."""
+    """``auto`` follows measured data, the others do as they say."""
     allow_lossy: frozenset[str] = frozenset()
     """Fusions that change the numbers and are allowed to; the names are in ``LOSSY``."""
     expect: Mapping[str, int] | None = field(default=None, hash=False)

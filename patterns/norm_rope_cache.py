@@ -61,9 +61,10 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     candidates = [undecided(NAME, r) for r, leg in zip(ropes, found, strict=True) if leg is None]
     left = list(legs)
     for q in [leg for leg in legs if leg.heads]:
-        kv = next((k for k in left if not k.heads and _together(scene, q, k)), None)
+        rows = (k for k in left if not k.heads)
+        kv = next((k for k in rows if _together(scene, _seated_like(q, k), k)), None)
         left = [leg for leg in left if leg is not q and leg is not kv]
-        candidates.append(_candidate(scene, q, kv, numerics))
+        candidates.append(_candidate(scene, _seated_like(q, kv), kv, numerics))
     return candidates + [_candidate(scene, None, kv, numerics) for kv in left]
 
 
@@ -85,6 +86,13 @@ def _written(scene: Scene, leg: Leg, writes: list[Write]) -> Leg:
     """The leg with the write that takes its rows, if there is one."""
     found = slots(scene, leg.root, leg.order, writes)
     return leg if found is None else replace(leg, slots=found, order=found.order)
+
+
+def _seated_like(q: Leg, kv: Leg | None) -> Leg:
+    """q with its only token axis called batch where kv's cache makes it that."""
+    if kv is None or kv.order[1] is not None or q.order[0] is not None:
+        return q
+    return replace(q, order=(q.order[1], None, *q.order[2:]))
 
 
 def _together(scene: Scene, q: Leg, kv: Leg) -> bool:
