@@ -32,6 +32,8 @@ def evaluate(t: Term, env: dict[Term, Tensor]) -> Any:
         return env[t]
     if t.op == "const":
         return t.args[0]
+    if t.op == "fold":
+        return getattr(torch, t.args[0])(evaluate(t.args[1], env), t.args[2]).to(t.dtype)
     args = [evaluate(a, env) for a in t.args]
     if t.op == "cast":
         return args[0].to(t.dtype)

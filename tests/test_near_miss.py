@@ -1,7 +1,9 @@
 """What cannot be matched is explained: the right line of the user's file, and what differs there.
 
 Each case is almost a fusion. ``differs`` marks, in the source, the line of the first operation
-that is another one; it is found by inspecting the function, never written as a number.
+that is another one, or that of the fusion's own node where an input of the graph is found in
+another's place: an input has no line. It is found by inspecting the function, never written as
+a number.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ def rope_of_a_shifted_lane(x, w, cos, sin):
     r = x[..., -R:].float()
     even, odd = r[..., 0::2], r[..., 1::2]
     a = even * cos - odd * sin
-    cross = (even + 1) * sin  # differs
+    cross = (even + 1) * sin
     b = odd * cos + cross
-    return torch.stack((a, b), dim=-1).flatten(-2).to(x.dtype)
+    return torch.stack((a, b), dim=-1).flatten(-2).to(x.dtype)  # differs
 
 
 def swiglu_over_two(x):

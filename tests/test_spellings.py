@@ -136,6 +136,7 @@ def test_mutant(case):
     assert case is not None, "a fusion needs a file of spellings"
     report, wanted, found = _run(case, verify=False)
     assert _fits(case, report), f"wanted {dict(case.counts)}, none of {case.absent}:\n{report}"
+    assert not case.why or any(case.why in s.reason for s in report.with_status("declined"))
     _equal(wanted, found, case.exact)
     with torch.no_grad():
         args = _copy(case.like.inputs())

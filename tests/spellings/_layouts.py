@@ -73,12 +73,10 @@ LAYOUTS: dict[str, Layout] = {
     "one head": ((B, S, 1, DIM), (B, S, 1), straight),
     "a single row": ((1, 1, 1, DIM), (1, 1, 1), straight),
     "a vector": ((DIM,), (), straight),
-    "tables by position": ((S, H, DIM), (7,), _by_position),
-    "slice of the tables": ((B, S, H, DIM), (9,), _slice_of_tables),
-}
-MISSES: dict[str, Layout] = {
+    # Rows and heads that share one position: still one site, q's.
     "one position": ((B, H, DIM), (), straight),
     "decode at one position": ((B, 1, H, DIM), (1, 1, 1), straight),
     "decode at one position, heads first": ((B, H, 1, DIM), (1, 1, 1), straight),
+    "tables by position": ((S, H, DIM), (7,), _by_position),
+    "slice of the tables": ((B, S, H, DIM), (9,), _slice_of_tables),
 }
-WHY = "declined: a batch and heads that share one position are taken for two head axes"

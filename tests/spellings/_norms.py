@@ -133,7 +133,14 @@ def tensor_eps(x, w):
     return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-LOOSE |= {"over_sqrt", "times_one_over_sqrt", "over_half_power"}
+@_in(PLAIN)
+def sum_over_n(x, w):
+    wide = x.float()
+    mean = wide.pow(2).sum(-1, keepdim=True) / x.shape[-1]
+    return (wide * torch.rsqrt(mean + EPS)).to(x.dtype)
+
+
+LOOSE |= {"sum_over_n", "over_sqrt", "times_one_over_sqrt", "over_half_power"}
 
 
 # ---- weight in the activation's dtype ----------------------------------------------------------
@@ -220,12 +227,6 @@ LOOSE |= {"fp32_over_sqrt"}
 # ---- not matched -------------------------------------------------------------------------------
 
 
-def _sum_over_n(x, w):
-    wide = x.float()
-    mean = wide.pow(2).sum(-1, keepdim=True) / x.shape[-1]
-    return (wide * torch.rsqrt(mean + EPS)).to(x.dtype)
-
-
 def _by_norm(x, w):
     wide = x.float()
     mean = wide.norm(dim=-1, keepdim=True).square() / x.shape[-1]
@@ -236,7 +237,6 @@ def _weight_first(x, w):
     return (x.float() * (_rstd(x) * w.float())).to(x.dtype)
 
 
-MISSES["sum_over_n"] = (_sum_over_n, "no rule makes a sum over N a mean yet (ulp)")
 MISSES["by_norm"] = (_by_norm, "a root and its square round twice; not the same function")
 MISSES["weight_first"] = (_weight_first, "x·(r·w) is another association than (x·r)·w")
 
@@ -268,6 +268,9 @@ MUTANTS["variance"] = _mutant(
     lambda h: torch.rsqrt((h - h.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + EPS)
 )
 MUTANTS["sum"] = _mutant(lambda h: torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + EPS))
+MUTANTS["sum_over_wrong_n"] = _mutant(
+    lambda h: torch.rsqrt(h.pow(2).sum(-1, keepdim=True) / (h.shape[-1] - 1) + EPS)
+)
 MUTANTS["maximum"] = _mutant(lambda h: torch.rsqrt(h.pow(2).amax(-1, keepdim=True) + EPS))
 MUTANTS["rsqrt_twice"] = _mutant(
     lambda h: torch.rsqrt(torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))

@@ -50,6 +50,9 @@ VARIANTS: dict[str, dict[str, Piece]] = {
     "widened_first": dict(blocks=lambda x, g: x.float().unflatten(-1, (-1, g))),
     # block maxima
     "float_after_abs": dict(amax=lambda b: b.abs().float().amax(-1, keepdim=True)),
+    "float_after_amax": dict(amax=lambda b: b.abs().amax(-1, keepdim=True).float()),
+    "max_values": dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).values),
+    "max_first": dict(amax=lambda b: b.float().abs().max(-1, True)[0]),
     "functions": dict(amax=lambda b: torch.amax(torch.abs(b.float()), dim=-1, keepdim=True)),
     "no_keepdim": dict(amax=lambda b: b.float().abs().amax(dim=-1).unsqueeze(-1)),
     "infinity_norm": dict(
@@ -59,12 +62,16 @@ VARIANTS: dict[str, dict[str, Piece]] = {
     "clamp": dict(floor=lambda a: a.clamp(min=FLOOR)),
     "maximum": dict(floor=lambda a: torch.maximum(a, torch.full_like(a, FLOOR))),
     "clip": dict(floor=lambda a: torch.clip(a, FLOOR)),
+    "where": dict(floor=lambda a: torch.where(a < FLOOR, FLOOR, a)),
+    "where_swapped": dict(floor=lambda a: torch.where(FLOOR > a, FLOOR, a)),
     "no_floor": dict(floor=lambda a: a),
     # scales
     "times_inverse": dict(scale=lambda a: a * (1.0 / MAX)),
     "pow2": dict(scale=_pow2),
     "pow2_methods": dict(scale=lambda a: (a / MAX).log2().ceil().exp2()),
     "pow2_times_inverse": dict(scale=lambda a: (a * (1 / MAX)).log2().ceil().exp2()),
+    "pow2_by_pow": dict(scale=lambda a: torch.pow(2.0, torch.ceil(torch.log2(a / MAX)))),
+    "pow2_by_stars": dict(scale=lambda a: 2 ** (a / MAX).log2().ceil()),
     # codes
     "not_saturated": dict(codes=lambda b, s: (b.float() / s).to(FP8)),
     "clamped_in_two": dict(
@@ -79,30 +86,11 @@ VARIANTS: dict[str, dict[str, Piece]] = {
         scale=_pow2, codes=lambda b, s: (b.float() * (1.0 / s)).clamp(-MAX, MAX).to(FP8)
     ),
 }
+LOOSE = {"pow2_by_pow", "pow2_by_stars"}  # matched through an ulp rule
 MISSES: dict[str, tuple[dict[str, Piece], str]] = {
-    "float_after_amax": (
-        dict(amax=lambda b: b.abs().amax(-1, keepdim=True).float()),
-        "a widening behind the maximum does not meet one in front of it",
-    ),
-    "max_values": (
-        dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).values),
-        "max with indices is opaque",
-    ),
-    "max_first": (
-        dict(amax=lambda b: b.float().abs().max(-1, True)[0]),
-        "max with indices is opaque",
-    ),
-    "where": (
-        dict(floor=lambda a: torch.where(a < FLOOR, FLOOR, a)),
-        "the bound of where is a scalar_tensor, which is opaque",
-    ),
-    "pow2_by_pow": (
-        dict(scale=lambda a: torch.pow(2.0, torch.ceil(torch.log2(a / MAX)))),
-        "pow of a number is opaque",
-    ),
-    "pow2_by_stars": (
-        dict(scale=lambda a: 2 ** (a / MAX).log2().ceil()),
-        "pow of a number is opaque",
+    "where_or_equal": (
+        dict(floor=lambda a: torch.where(a <= FLOOR, FLOOR, a)),
+        "where with ≤ answers the bound's zero for the other zero, a clamp does not",
     ),
     "reciprocal": (
         dict(codes=lambda b, s: (b.float() * s.reciprocal()).clamp(-MAX, MAX).to(FP8)),
@@ -137,5 +125,11 @@ MUTANTS: dict[str, dict[str, Piece]] = {  # of "default", a few of "pow2"
     "rounded_quotient": dict(codes=lambda b, s: (b.float() / s).bfloat16().to(FP8)),
     "pow2_floor": dict(scale=lambda a: torch.exp2(torch.floor(torch.log2(a / MAX)))),
     "pow2_round": dict(scale=lambda a: torch.exp2(torch.round(torch.log2(a / MAX)))),
+    "three_by_pow": dict(scale=lambda a: torch.pow(3.0, torch.ceil(torch.log2(a / MAX)))),
+    "pow_of_two": dict(scale=lambda a: torch.pow(torch.ceil(torch.log2(a / MAX)), 2.0)),
+    "min_values": dict(amax=lambda b: b.float().abs().min(dim=-1, keepdim=True).values),
+    "max_indices": dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).indices.float()),
+    "where_below": dict(floor=lambda a: torch.where(a > FLOOR, FLOOR, a)),
+    "where_another_bound": dict(floor=lambda a: torch.where(a < FLOOR, 1.3 * FLOOR, a)),
     "natural_log": dict(scale=lambda a: torch.exp(torch.ceil(torch.log(a / MAX)))),
 }

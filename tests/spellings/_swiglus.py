@@ -43,6 +43,11 @@ CLAMP: dict[str, Callable[[Tensor, Tensor], Pair]] = {
         torch.max(torch.min(u, u.new_full((1,), LIMIT)), u.new_full((1,), -LIMIT)),
     ),
     "where": lambda g, u: (torch.where(g > LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
+    "where_both": lambda g, u: (
+        torch.where(LIMIT < g, LIMIT, g),
+        (lambda v: torch.where(v < -LIMIT, -LIMIT, v))(torch.where(u > LIMIT, LIMIT, u)),
+    ),
+    "where_or_equal": lambda g, u: (torch.where(g >= LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
     "none": lambda g, u: (g, u),
 }
 
@@ -88,6 +93,8 @@ LIMITS: dict[str, Callable[[Tensor, Tensor], Pair]] = {
     "positive up": lambda g, u: (g.clamp(max=LIMIT), u.clamp(0, LIMIT)),
     "another limit for up": lambda g, u: (g.clamp(max=LIMIT), u.clamp(-1.0, 1.0)),
     "crossed limits": lambda g, u: (g.clamp(max=LIMIT), u.clamp_max(-LIMIT).clamp_min(LIMIT)),
+    "where the other way": lambda g, u: (torch.where(g < LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
+    "where to another limit": lambda g, u: (torch.where(g > LIMIT, 1.0, g), u.clamp(-LIMIT, LIMIT)),
     "minimum for maximum": lambda g, u: (g.clamp(min=LIMIT), u.clamp(-LIMIT, LIMIT)),
 }
 SILUS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,12 +10,6 @@ MISSES: dict[str, tuple[Write, str]] = {}
 MUTANTS: dict[str, tuple[Write, str]] = {}  # with the spelling that each is one edit away from
 
 
-def _read_before(cache, rows, slots):
-    before = cache.float().sum(-1)
-    cache[slots] = rows
-    return before
-
-
 def _scatter(cache, rows, slots):
     cache.scatter_(0, slots[:, None].expand(-1, rows.shape[-1]), rows)
 
@@ -46,10 +40,6 @@ MISSES["pages through a view"] = (
 MISSES["ring split in two"] = (
     Write(_split_ring, (BATCH, SEQ), (3, RING), nowhere),
     "the reference's prefill makes two writes of one value; a launch makes one",
-)
-MISSES["the old cache is read before"] = (
-    Write(_read_before, (TOKENS,), (SLOTS,), some_slots),
-    "declined: the fused op goes to the front, where the old cache is still to be read",
 )
 MISSES["one hot"] = (Write(_one_hot, (TOKENS,), (SLOTS,), some_slots), "a product, not a write")
 

@@ -77,6 +77,13 @@ def _read_after(cache, rows, slots):
     return cache.float().sum(-1), cache[:3]
 
 
+@_flat("the old cache is read before")
+def _read_before(cache, rows, slots):
+    before = cache.float().sum(-1)
+    cache[slots] = rows
+    return before
+
+
 @_flat("index_put")
 def _index_put(cache, rows, slots):
     cache.index_put_((slots,), rows)

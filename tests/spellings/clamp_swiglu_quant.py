@@ -16,9 +16,11 @@ from ._swiglus import CLAMP, LIMIT, LIMITS, LOOSE_SILU, PACKED, SILU, SILUS, WID
 
 NAME = "clamp_swiglu_quant"
 GROUP = 32
-CLAMP_MISSES = {"where": "the bound of where is a scalar_tensor, which is opaque"}
+CLAMP_MISSES = {
+    "where_or_equal": "where with ≥ answers the bound's zero for the other zero, a clamp does not"
+}
 NARROW_MISSES = dict.fromkeys(
-    ("clamp_max", "min_first", "full_like", "full"),
+    ("clamp_max", "min_first", "full_like", "full", "where", "where_both"),
     "a bound that bf16 holds moves behind the widening, the reference's placeholder does not",
 )
 
@@ -152,7 +154,8 @@ SPELLINGS |= {
     "quant, codes only": _case(lambda x: _quants.quantise(act(x), GROUP)[0], parts=("fp8 quant",)),
 }
 for _name, _pieces in _quants.VARIANTS.items():
-    SPELLINGS[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",))
+    _loose = {"exact": _name not in _quants.LOOSE}
+    SPELLINGS[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",), **_loose)
 
 
 # ---- mutants -----------------------------------------------------------------------------------

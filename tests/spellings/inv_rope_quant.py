@@ -111,6 +111,8 @@ SPELLINGS |= {
     "layout: shared positions": _case(_back, inputs(B, S, H, table=(S, 1))),
     "layout: batch of one": _case(_back, inputs(1, S, H, table=(1, S, 1))),
     "layout: sequence of one": _case(_back, inputs(B, 1, H, table=(B, 1, 1))),
+    "layout: decode at one position": _case(_back, inputs(B, 1, H, table=(1, 1, 1))),
+    "layout: one position": _case(_back, inputs(B, H, table=())),
     "layout: heads by transpose": _case(
         lambda x, cos, sin: _back(x.transpose(1, 2), cos[:, None], sin[:, None]).transpose(1, 2),
         inputs(B, S, H, table=(B, S)),
@@ -143,7 +145,9 @@ SPELLINGS |= {
     ),
 }
 for _name, _pieces in _quants.VARIANTS.items():
-    SPELLINGS[f"quant: {_name}"] = _case(_quant(**_pieces), None, "fp8 quant in 2 groups")
+    SPELLINGS[f"quant: {_name}"] = _case(
+        _quant(**_pieces), None, "fp8 quant in 2 groups", exact=_name not in _quants.LOOSE
+    )
 
 MUTANTS: dict[str, Case] = {}
 _HF = SPELLINGS["rope: slices_and_stack"]
@@ -204,8 +208,3 @@ KNOWN_MISSES: dict[str, Case] = {
 }
 for _name, (_pieces, _why) in _quants.MISSES.items():
     KNOWN_MISSES[f"quant: {_name}"] = _case(_quant(**_pieces), None, "fp8 quant", why=_why)
-KNOWN_MISSES["layout: decode at one position"] = _case(
-    _back,
-    inputs(B, 1, H, table=(1, 1, 1)),
-    why="declined: a batch and heads that share one position are taken for two head axes",
-)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _layouts, _norms, _quants, _rope_mutants, _ropes, _write_mutants
+from . import _norms, _quants, _rope_mutants, _ropes, _write_mutants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
 from ._layouts import BATCH, DIM, HEADS, LAYOUTS, NORM, ROPE, SEQ, TURN, Layout
 from ._norm_rope_mutants import (
@@ -164,8 +164,9 @@ WRITES = FLAT | DECODE | PREFILL
 SPELLINGS |= {f"write: {name}": kv_case(write) for name, write in WRITES.items()}
 for _name, _pieces in _quants.VARIANTS.items():
     SPELLINGS[f"fake quant: {_name}"] = kv_case(
-        FLAT["slots"], joined(_pieces), "norm", "rope → fake quant → cache write"
-    )
+        FLAT["slots"], joined(_pieces), "norm", "rope → fake quant → cache write",
+        exact=_name not in _quants.LOOSE,
+    )  # fmt: skip
 SPELLINGS |= {
     f"fake quant in place: {name}": kv_case(
         FLAT["slots"], in_place(_quants.VARIANTS[name]), "fake quant → cache write"
@@ -214,8 +215,8 @@ MUTANTS: dict[str, Case] = {
     ),
     "rounded eps": q_case(rounded_eps, TURN, None, "rope", like=_HF),
     "rows of the cache itself": _case(
-        from_itself, kv_inputs(FLAT["slice"]), "norm", absent=("write",),
-        like=SPELLINGS["write: slice"],
+        from_itself, kv_inputs(FLAT["slice"]), count=0, absent=("write",),
+        like=SPELLINGS["write: slice"], why="is a part of the cache that the fused op would write.",
     ),
     "factor of eps": q_case(
         alpha_eps, TURN, None, "rope", like=_HF
@@ -250,10 +251,6 @@ KNOWN_MISSES |= {
 KNOWN_MISSES |= {
     f"write: {name}": kv_case(write, why=why)
     for name, (write, why) in _write_mutants.MISSES.items()
-}
-KNOWN_MISSES |= {
-    f"layout: {name}": _layout(layout, why=_layouts.WHY)
-    for name, layout in _layouts.MISSES.items()
 }
 for _name, (_pieces, _why) in _quants.MISSES.items():
     KNOWN_MISSES[f"fake quant: {_name}"] = kv_case(
