@@ -133,7 +133,8 @@ def _over_root(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term |
 def _mean(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     """sum(x) / N ~ mean(x), where a narrow sum cannot overflow first."""
     x, n = a
-    if d not in (torch.float32, torch.float64) or x.op != "fold" or x.args[0] != "sum" or number(n) is None:
+    wide = d in (torch.float32, torch.float64)
+    if not wide or x.op != "fold" or x.args[0] != "sum" or number(n) is None:
         return None
     extents = [x.args[3][axis] for axis in x.args[2]]
     if not all(isinstance(e, int) for e in extents) or math.prod(extents) != n.args[0]:

@@ -259,8 +259,7 @@ def test_ulp_on_pairs(instance):
 
 @pytest.mark.parametrize("instance", LOOSE_FOLD, ids=str)
 def test_ulp_on_rows(instance):
-    """A mean is the same sum, divided by N on a CPU and multiplied by 1/N in fp32 on a GPU.
-    """
+    """A mean is the same sum, divided by N on a CPU and multiplied by 1/N in fp32 on a GPU."""
     bench, (d,) = Bench(instance), instance.leaves
     rows, n = bench.left.args[0].args[3]
     g = torch.Generator().manual_seed(2)
