@@ -133,6 +133,13 @@ def affine(i: Index, start: Size, step: Size = 1) -> Index:
     return index(start + step * i.offset, [(step * s, d) for s, d in i.terms])
 
 
+def whole_axes(m: Map, shape: tuple[Size, ...]) -> bool:
+    """Does each leading index run through the whole of its axis, rather than a part of it?"""
+    return all(
+        n == 1 if i == ZERO else i.terms[0][1].extent == n for i, n in zip(m, shape, strict=False)
+    )
+
+
 def bounds(i: Index) -> tuple[Size, Size]:
     """Smallest and largest value (strides are non-negative)."""
     return i.offset, i.offset + sum(s * (d.size - 1) for s, d in i.terms)

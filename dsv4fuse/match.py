@@ -17,7 +17,7 @@ from torch import fx
 
 from dsv4fuse import maps, rules
 from dsv4fuse.lower import Lowering
-from dsv4fuse.maps import ZERO, Index, Map, Size
+from dsv4fuse.maps import ZERO, Index, Map
 from dsv4fuse.terms import COMMUTATIVE, Complex, Term, short, show
 
 Rows = tuple[int | None, ...]
@@ -257,7 +257,7 @@ class Unifier:
             if not m or shape[-1] != hole.shape[-1] or not _same_lanes(wanted[-1], m[-1], space):
                 return None
         rows = tuple(self._row(i, space) for i in lead)
-        if -1 in rows or not whole_axes(lead, shape):
+        if -1 in rows or not maps.whole_axes(lead, shape):
             return None
         if len(hole.shape) == 1 and any(r is not None for r in rows):
             return None
@@ -276,13 +276,6 @@ class Unifier:
         if p.op == "const":
             return self.pattern.scalars.get(abs(p.args[0]), f"{p.args[0]:g}")
         return f"{p.op} in {short(p.dtype)}"
-
-
-def whole_axes(m: Map, shape: tuple[Size, ...]) -> bool:
-    """Does each leading index run through the whole of its axis, rather than a part of it?"""
-    return all(
-        n == 1 if i == ZERO else i.terms[0][1].extent == n for i, n in zip(m, shape, strict=False)
-    )
 
 
 def _found(p: Term, g: Term) -> str:

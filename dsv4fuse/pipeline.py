@@ -48,8 +48,9 @@ def run(graph: fx.Graph, options: Options) -> Report:
             continue
         module, file, line = compat.place(near.difference.node)
         sites.append(Site(fusion, "near-miss", module, file, line, near.sentence))
-    graph.eliminate_dead_code()
-    graph.lint()
+    if newer:
+        graph.eliminate_dead_code()
+        graph.lint()
     return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started)
 
 

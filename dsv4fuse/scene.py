@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import joins, maps, trace, views
 from dsv4fuse.lower import Lowering
-from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier, whole_axes
+from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
 from dsv4fuse.terms import Complex, Term, straight
 
 assert views.means and joins.means  # importing them registers what ATen operations mean
@@ -193,5 +193,5 @@ class Scene:
                 continue
             lead = m[:-1]
             plain = all(i == maps.ZERO or i.whole() is not None for i in lead)
-            if plain and whole_axes(lead, maps.sizes_of(other.meta["val"])):
+            if plain and maps.whole_axes(lead, maps.sizes_of(other.meta["val"])):
                 yield other, tuple(i.whole() for i in lead)

@@ -30,7 +30,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NORMS = {"none": 0, "once": 1, "rstd": 2, "weight": 3, "every": 4}
 SCALES = {"fp32": 0, "pow2": 1, "e8m0": 2}
 
-
 # --------------------------------------------------------------------------- device side
 @triton.jit
 def mul_rn(a, b):

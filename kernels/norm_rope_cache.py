@@ -293,10 +293,8 @@ def _(q, kv, cos, sin, q_weight, kv_weight, cache, slot, seq, *, q_norm, kv_norm
     return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
 
 
-def traffic(
-    q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, *,
-    cache: Tensor | None = None, keep_kv: bool = True,
-) -> int:  # fmt: skip
+def traffic(q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, *,
+            cache: Tensor | None = None, keep_kv: bool = True) -> int:  # fmt: skip
     """Bytes that must move: every input once, every output once, the cache rows once."""
     written = common.nbytes(q) + common.nbytes(kv) * (int(keep_kv) + int(cache is not None))
     return common.nbytes(q, kv, cos, sin) + written
