@@ -25,7 +25,7 @@ from rich.console import Console  # noqa: E402
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM  # noqa: E402
 
 from dsv4fuse import Report  # noqa: E402
-from examples.measure import backend, relative_error, show, times  # noqa: E402
+from examples.measure import backend, parsed, relative_error, show, times  # noqa: E402
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 # All three kinds of layers and both routers; "flash" keeps transformers' defaults.
@@ -59,17 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, help="keep only so many experts")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=48, help="tokens of a prompt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--inductor",
-        action=argparse.BooleanOptionalAction,
-        help="compile with Inductor (the default on a GPU); otherwise the rewritten graph runs "
-        "node by node",
-    )
-    args = parser.parse_args()
-    if args.inductor is None:
-        args.inductor = args.device.startswith("cuda")
-    return args
+    return parsed(parser)
 
 
 def build(args: argparse.Namespace) -> DeepseekV4ForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of an example, with where it runs and how it is compiled."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--inductor",
+        action=argparse.BooleanOptionalAction,
+        help="compile with Inductor (the default on a GPU); otherwise the rewritten graph runs "
+        "node by node",
+    )
+    args = parser.parse_args()
+    if args.inductor is None:
+        args.inductor = args.device.startswith("cuda")
+    return args
 
 
 def backend() -> Any:

@@ -24,7 +24,7 @@ from rich.console import Console  # noqa: E402
 from dsv4fuse import Report  # noqa: E402
 from examples.deepseek_v4 import PRESETS, Transformer, randomize  # noqa: E402
 from examples.deepseek_v4.generate import generate, pad  # noqa: E402
-from examples.measure import backend, relative_error, show, times  # noqa: E402
+from examples.measure import backend, parsed, relative_error, show, times  # noqa: E402
 
 console = Console()
 say = console.print
@@ -37,17 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, help="keep only so many experts")
     parser.add_argument("--prompts", type=int, nargs="+", default=[5, 12, 37], help="lengths")
     parser.add_argument("--tokens", type=int, default=12, help="how many to generate")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--inductor",
-        action=argparse.BooleanOptionalAction,
-        help="compile with Inductor (the default on a GPU); otherwise the rewritten graph runs "
-        "node by node",
-    )
-    args = parser.parse_args()
-    if args.inductor is None:
-        args.inductor = args.device.startswith("cuda")
-    return args
+    return parsed(parser)
 
 
 def build(args: argparse.Namespace) -> Transformer:

@@ -284,13 +284,15 @@ def test_gradients_pass_through_with_a_note():
             return turned(x, self.weight, cos, sin)
 
     layer, (x, _, cos, sin) = Layer(), rows(2, 5)
+    x = x.float()
     out = _compiled(layer)(x, cos, sin)
     out.float().sum().backward()
     found = layer.weight.grad.clone()
     layer.weight.grad = None
     layer(x, cos, sin).float().sum().backward()
-    # torch's own decompositions round differently than eager's backward.
-    assert torch.allclose(found.float(), layer.weight.grad.float(), rtol=0.05, atol=0.5)
+    # torch's own decompositions round differently than eager's backward, in the last bits of fp32.
+    wanted = layer.weight.grad
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     report = Report.of(layer)
     assert not report.sites
     assert any("gradient" in note and "no_grad" in note for note in report.notes)
