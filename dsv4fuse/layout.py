@@ -64,7 +64,9 @@ def head_order(x: Bound, cos: Bound, lone: str = "batch") -> Order | None:
     shared = [r for r in places if r not in turned]
     if any(r not in places for r in turned):
         return None
-    first = min((places[t] for t in turned), default=2)  # one rotation for all: [B, S, H, ..]
+    # One rotation for all, as in a decode step: heads stand behind the sequence's one place.
+    one = next((i for i, r in enumerate(x.rows) if r is None), len(x.rows))
+    first = min((places[t] for t in turned), default=one)
     batch = [r for r in shared if places[r] < first]
     heads = [r for r in shared if r not in batch]
     if len(batch) == 2 and not heads or len(batch) == 1 and not heads and lone == "heads":

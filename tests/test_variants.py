@@ -1,0 +1,27 @@
+"""The benchmark's sequences: each is one site of its fusion, at one token too, and equals eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4fuse import backend, fusion
+
+SMALL = fusion.Sizes(heads=4, groups=2, inter=256)
+VARIANTS = [(f, v) for f, made in fusion.registry().items() for v in made.examples]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_taken_as_one_site(name, variant, tokens):
+    made = fusion.registry()[name].examples[variant](tokens, SMALL, "cpu")
+    options = {"select": "always", "inner": "eager", "expect": {name: 1}}
+    fused = torch.compile(made.fn, backend=backend.dsv4fuse, options=options, dynamic=False)
+    ours, theirs = ([t.clone() for t in made.inputs] for _ in range(2))
+    with torch.no_grad():
+        found, wanted = fused(*ours), made.fn(*theirs)
+    found, wanted = (
+        [x] if isinstance(x, torch.Tensor) else list(x) for x in (found, wanted)
+    )
+    for a, b in zip([*found, *ours], [*wanted, *theirs], strict=True):
+        assert torch.equal(a.float(), b.float())
