@@ -31,9 +31,8 @@ def trace(
     fn: Callable[..., Any], inputs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> fx.Graph:
     """fn as the functional ATen graph that Inductor would be given. Nothing is computed."""
-    with outside_compilation(), FakeTensorMode() as mode:
+    with outside_compilation(), FakeTensorMode():
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
-        del mode
         traced = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode="real")
         return traced(*fakes).graph
 

@@ -40,9 +40,6 @@ class Index:
     offset: Size
     terms: tuple[tuple[Size, Digit], ...] = ()
 
-    def coords(self) -> set[int]:
-        return {d.coord for _, d in self.terms}
-
     def whole(self) -> int | None:
         """The coordinate that this index is, unchanged; None for anything else."""
         if self.offset == 0 and len(self.terms) == 1 and self.terms[0][0] == 1:
