@@ -22,7 +22,7 @@ PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS)
 help:
 	@echo "make demo       run examples/quickstart.py and show what was fused"
 	@echo "make test       run the tests (two processes; WORKERS=n for more)"
-	@echo "make test-long  run the tests with the long hypothesis profile"
+	@echo "make test-long  run all tests, those of minutes too, with the long hypothesis profile"
 	@echo "make lint       ruff and mypy"
 	@echo "make doctor     what this machine can run, and why not the rest"
 	@echo "make clean      remove .venv, .venv-alt and all caches"
@@ -51,7 +51,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/quickstart.py
 
 test: $(STAMP) $(ALT_STAMP)
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 test-long: $(STAMP) $(ALT_STAMP)
 	@HYPOTHESIS_PROFILE=long $(PYTEST) $(PYTEST_ARGS)

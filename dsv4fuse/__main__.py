@@ -1,4 +1,4 @@
-"""The command line: ``python -m dsv4fuse explain`` and ``python -m dsv4fuse doctor``.
+"""The command line: ``python -m dsv4fuse explain``, ``bench``, ``bisect``, ``doctor``.
 
 Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot work here),
 2 the command was given something that it cannot use.
@@ -76,19 +76,119 @@ def bench(
     fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
     model: Annotated[list[str], typer.Option(help="flash, pro, pro-tp8; may be repeated.")] = ["flash"],  # noqa: B006, E501
     tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
-    folder: Annotated[
-        str, typer.Option("--json", metavar="FOLDER", help="Write FUSION.json files there.")
+    json_path: Annotated[
+        str,
+        typer.Option("--json", metavar="FILE", help="Write all here, or FUSION.json to a folder."),
     ] = "",
+    plot: Annotated[
+        str, typer.Option(metavar="FILE.png", help="Draw time against tokens.")
+    ] = "",
+    measured: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="FILE", help="Measure nothing: plot what --json wrote."),
+    ] = None,
 ) -> None:
-    """Time each fusion against Inductor on this machine's GPU."""
+    """Time each fusion against eager and Inductor on this machine's GPU."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not measured and not torch.cuda.is_available():
         _fail("There is no GPU here: the benchmark times Triton kernels.", 2)
+    try:
+        from dsv4fuse import bench as timing
+    except ImportError as error:
+        _fail(f"The benchmark needs Triton: {error}.", 2)
+    counts = _bench_arguments(fusions or [], model, tokens, timing.MODELS)
+    wrong: list[str] = []
+    if measured:
+        rows, made_on = _loaded(measured)
+    else:
+        path = pathlib.Path(json_path) if json_path else None
+        rows, wrong = timing.run(fusions or [], model, counts, path)
+        made_on = timing.environment()
+    if plot:
+        _plot(rows, made_on, plot)
+    if wrong:
+        _fail("\n".join(wrong), 1)
+
+
+def _bench_arguments(
+    fusions: list[str], models: list[str], tokens: str, known_models: Any
+) -> list[int]:
+    """The token counts; exits with 2 for what there is none of."""
+    from dsv4fuse.fusion import registry
+
+    for names, known in ((fusions, registry()), (models, known_models)):
+        for name in names:
+            if name not in known:
+                _fail(f"There is no {name!r} here, only {', '.join(known)}.", 2)
+    try:
+        counts = [int(t) for t in tokens.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        _fail(f"--tokens takes positive numbers such as 1,64,1024, not {tokens!r}.", 2)
+    return counts
+
+
+def _loaded(files: list[str]) -> tuple[list[Any], dict[str, Any]]:
     from dsv4fuse import bench as timing
 
-    counts = [int(t) for t in tokens.split(",")]
-    timing.run(fusions or [], model, counts, pathlib.Path(folder) if folder else None)
+    rows, made_on = list[Any](), dict[str, Any]()
+    for file in files:
+        try:
+            more, made_on = timing.load(pathlib.Path(file))
+        except (OSError, ValueError) as error:
+            _fail(f"--from {file!r}: {error}", 2)
+        rows += more
+    return rows, made_on
+
+
+def _plot(rows: list[Any], made_on: dict[str, Any], file: str) -> None:
+    from dsv4fuse import plot
+
+    if not rows:
+        _fail("There is nothing to plot.", 2)
+    try:
+        plot.draw(rows, made_on, pathlib.Path(file))
+    except ImportError as error:
+        _fail(f"--plot needs matplotlib (pip install 'dsv4fuse[bench]'): {error}.", 2)
+
+
+@app.command()
+def bisect(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function that returns (model, args) or (model, args, kwargs).",
+        ),
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="How far the result may be off, relative to its largest value.")
+    ] = 0.0,
+    options: Annotated[str, typer.Option(help="Options of dsv4fuse as JSON.")] = "{}",
+) -> None:
+    """Find the fused site that changes a model's result."""
+    from dsv4fuse import bisection
+
+    try:
+        parsed = parse_options(options)
+        model, args, kwargs = build(factory)
+        found = bisection.bisect(
+            model, args, kwargs, tolerance=tolerance, options=parsed,
+            progress=lambda text: typer.echo(text, err=True),
+        )  # fmt: skip
+    except (FactoryError, OptionError) as error:
+        _fail(str(error), 2)
+    if not found.sites:
+        typer.echo(f"With all sites fused it is off by {found.together:.3g}: within bounds.")
+        return
+    what = "This site changes" if len(found.sites) == 1 else "Together, these sites change"
+    typer.echo(f"{what} the result by {found.alone:.3g} (all sites: {found.together:.3g}).")
+    for site in found.sites:
+        name = f"DSV4FUSE_ONLY={site.detail['site']}"
+        typer.echo(f"  {name}  {site.module or '-'}  {site.file}:{site.line}  {site.reason}")
+    raise typer.Exit(1)
 
 
 @app.command()

@@ -62,6 +62,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, rounding
     return torch.cat((nope, turned.flatten(-2).to(x.dtype)), dim=-1)
 
 
+def softmax_pool(kv: Tensor, gate: Tensor, *, rounding: str, dtype: torch.dtype) -> Tensor:
+    """The sum over a window's rows, each channel weighted by a softmax of its gates in fp32.
+
+    kv, gate ``[..., W, D]``; returns ``[..., D]`` in ``dtype``. "every" rounds the weights, the
+    products and the sum to ``kv.dtype``, "once" the sum to ``dtype``.
+    """
+    weights = gate.softmax(-2, dtype=torch.float32)
+    if rounding == "every":
+        return (kv * weights.to(kv.dtype)).sum(-2)
+    return (kv.float() * weights).sum(-2).to(dtype)
+
+
 def clamp_swiglu(
     gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str
 ) -> Tensor:
@@ -144,3 +156,99 @@ def fake_quant_lead(x: Tensor, *, tail: int, **quant: object) -> Tensor:
     """``fake_quant`` of all but the last ``tail`` lanes (the rope part of a kv row)."""
     lead = x.shape[-1] - tail
     return torch.cat((fake_quant(x[..., :lead], **quant), x[..., lead:]), dim=-1)  # type: ignore
+
+
+def hyper_mixes(x: Tensor, fn: Tensor, *, eps: float, before: bool) -> Tensor:
+    """The streams ``[..., n, D]`` over their common RMS, times fn ``[m, n·D]``: fp32 ``[..., m]``.
+
+    ``before``: the quotient by the RMS is taken of the streams, otherwise of the product.
+    """
+    flat = x.flatten(-2).float()
+    rstd = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    if before:
+        return F.linear(flat * rstd, fn.float())
+    return F.linear(flat, fn.float()) * rstd
+
+
+def sinkhorn(logits: Tensor, *, eps: float, iters: int) -> Tensor:
+    """Nearly doubly stochastic ``[..., n, n]``: softmax of the rows, then columns and rows
+    normalised in turn, columns first and last; ``iters`` times columns."""
+    comb = logits.softmax(dim=-1) + eps
+    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    return comb
+
+
+def hyper_weights(
+    mixes: Tensor, scale: Tensor, base: Tensor, *, eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre ``[..., n]``, post ``[..., n]``, comb ``[..., n, n]`` of fp32 mixes ``[..., n·(2 + n)]``.
+
+    scale ``[3]`` and base ``[n·(2 + n)]`` widen to fp32; all results are fp32.
+    """
+    n = int((mixes.shape[-1] + 1) ** 0.5) - 1
+    sizes = [n, n, n * n]
+    (pre, post, comb), (b_pre, b_post, b_comb) = mixes.split(sizes, dim=-1), base.split(sizes)
+    pre = torch.sigmoid(pre * scale[0] + b_pre) + eps
+    post = 2 * torch.sigmoid(post * scale[1] + b_post)
+    comb = (comb * scale[2] + b_comb).unflatten(-1, (n, n))
+    return pre, post, sinkhorn(comb, eps=eps, iters=iters)
+
+
+def hyper_collapse(x: Tensor, pre: Tensor) -> Tensor:
+    """``Σ_i pre_i · x_i`` in fp32, rounded once: x ``[..., n, D]``, pre ``[..., n]``."""
+    return (pre.unsqueeze(-1) * x).sum(dim=-2).to(x.dtype)
+
+
+def hyper_expand(out: Tensor, x: Tensor, post: Tensor, comb: Tensor, *, rounding: str) -> Tensor:
+    """New streams ``post_k · out + Σ_j comb[j, k] · x_j``: out ``[..., D]``, x ``[..., n, D]``.
+
+    "once" computes in fp32; "every" rounds post, comb, the product, the sum over j and their sum.
+    """
+    if rounding == "every":
+        post, comb = post.to(x.dtype), comb.to(x.dtype)
+    else:
+        x = x.float()
+    mixed = torch.matmul(comb.transpose(-1, -2), x)
+    return (post.unsqueeze(-1) * out.unsqueeze(-2) + mixed).to(out.dtype)
+
+
+def router_scores(logits: Tensor, bias: Tensor | None, *, func: str, wide: bool) -> Tensor:
+    """The scores of all experts, and with a bias what the choice among them is made by.
+
+    logits ``[..., E]``, bias ``[E]``; ``wide`` computes in fp32. "sqrt_*" are spellings of
+    ``sqrt(softplus(x))`` that differ in the last bits, where x is large and where it is small.
+    """
+    x = logits.float() if wide else logits
+    if func == "sigmoid":
+        scores = x.sigmoid()
+    elif func == "softmax":
+        scores = x.softmax(dim=-1)
+    elif func == "sqrt_softplus":
+        scores = F.softplus(x).sqrt()
+    elif func == "sqrt_log1p_exp":
+        scores = x.exp().log1p().sqrt()
+    elif func == "sqrt_log_exp":
+        scores = (1 + x.exp()).log().sqrt()
+    else:  # "sqrt_stable"
+        scores = (x.clamp_min(0.0) + (-x.abs()).exp().log1p()).sqrt()
+    return scores if bias is None else scores + bias
+
+
+def router_weights(
+    w: Tensor, *, eps: float | None, scale: float | None, bounded: bool, sums: torch.dtype,
+    out: torch.dtype, normalise: bool = True,
+) -> Tensor:  # fmt: skip
+    """``w / (w.sum(-1) + eps) * scale``, or for ``bounded`` over ``max(w.sum(-1), eps)``.
+
+    w ``[..., K]``, the scores of the chosen; computed in ``sums``, cast to ``out`` at the end.
+    """
+    w = w.to(sums)
+    if normalise:
+        total = w.sum(dim=-1, keepdim=True)
+        if eps is not None:
+            total = total.clamp_min(eps) if bounded else total + eps
+        w = w / total
+    return (w if scale is None else w * scale).to(out)

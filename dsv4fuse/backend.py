@@ -3,11 +3,12 @@ and ``explain``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from dsv4fuse import cache, compat, pipeline
 from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
-from dsv4fuse.report import Break, FusionError, Report
+from dsv4fuse.report import Break, FusionError, Report, Site
 
 log = logging.getLogger("dsv4fuse")
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -70,9 +71,11 @@ def dsv4fuse(
     example_inputs: Sequence[Any],
     *,
     options: OptionsLike = None,
+    mode: str | None = None,
     **unused: Any,
 ) -> Callable[..., Any]:
-    """The backend: ``torch.compile(model, backend="dsv4fuse", options={...})``.
+    """The backend: ``torch.compile(model, backend="dsv4fuse", options={...})``; or ``mode``, as
+    Inductor has them, which torch.compile does not take together with options.
 
     Raises OptionError for an unknown or ill-typed option, FusionError where ``expect`` or
     ``strict`` is not met.
@@ -80,21 +83,22 @@ def dsv4fuse(
     parsed = parse(options)
     register_ops()
     if disabled():
-        return compat.compile_inner(gm, example_inputs, None, parsed.inner)
+        return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     differentiated = compat.will_be_differentiated(gm, example_inputs)
     if differentiated:
         report = Report(graphs=1, notes=[_TRAINING])
-        compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner)
+        compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     else:
         fusing = FusionPass(parsed, compat.configured_passes())
         key = _key(gm, example_inputs, fusing)
-        compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner)
+        compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
         report = _recorded(fusing, key)
         for site in report.with_status("rejected", "near-miss"):
             log.warning("%s at %s: %s", site.fusion, site.where, site.reason)
     broken = compat.graph_break(gm)
     if broken is not None:
         report.breaks.append(Break(*broken))
+        report.sites += _of_break(Break(*broken), parsed)
     _remember(gm, example_inputs, report)
     if _collecting:
         _collecting[-1].__iadd__(report)
@@ -103,11 +107,31 @@ def dsv4fuse(
     return compiled
 
 
+def _of_break(broken: Break, options: Options) -> list[Site]:
+    """What the fusions have to say of a graph break."""
+    found = {f.name: f.broken(broken.reason) for f in registry().values() if f.broken is not None}
+    return [
+        Site(name, "declined", "", broken.file, broken.line, sentence)
+        for name, sentence in found.items()
+        if sentence and options.wants(name)
+    ]
+
+
 _TRAINING = (
     "A graph whose gradient is wanted was passed on untouched: the fused kernels have no backward."
     " Call the model under torch.no_grad() or torch.inference_mode()."
 )
 _collecting: list[Report] = []
+
+
+@contextlib.contextmanager
+def collecting(report: Report) -> Iterator[None]:
+    """Adds to ``report`` what is done to every graph compiled meanwhile; nothing is checked."""
+    _collecting.append(report)
+    try:
+        yield
+    finally:
+        _collecting.pop()
 
 
 def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str | None:
@@ -204,12 +228,8 @@ def explain(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return dsv4fuse(gm, inputs, options=parsed)
 
-    _collecting.append(report)
-    try:
-        with torch.no_grad(), compat.without_caches():
-            torch.compile(model, backend=backend)(*args, **kwargs)
-    finally:
-        _collecting.pop()
+    with collecting(report), torch.no_grad(), compat.without_caches():
+        torch.compile(model, backend=backend)(*args, **kwargs)
     try:
         report.check(parsed)
     except FusionError as error:

@@ -1,8 +1,8 @@
-"""Each fusion against Inductor's code for the same plain sequence, on this machine's GPU.
+"""Each fusion against eager and against Inductor's code for the same plain sequence, on a GPU.
 
-Both are what ``torch.compile`` makes of ``Fusion.example``; times are medians under CUDA-graph
-replay of the same inputs (so inputs that fit stay in L2), floors are bytes over the bandwidth of
-a plain copy.
+All run ``Fusion.examples``. Times are medians under CUDA-graph replay: warm, of the same inputs
+again and again (what fits stays in L2), and cold, with a buffer of 256 MiB written in between.
+The floor is the larger of bytes over the bandwidth of a plain copy and operations over the peak.
 """
 
 from __future__ import annotations
@@ -10,29 +10,39 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import triton
 import triton.testing
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from dsv4fuse.backend import dsv4fuse
-from dsv4fuse.fusion import Fusion, Sizes, registry
+from dsv4fuse.fusion import Example, Fusion, Sizes, registry
 
 MODELS = {
     "flash": Sizes(),
-    "pro": Sizes(heads=128, groups=16, inter=3072),
-    "pro-tp8": Sizes(heads=16, groups=2, inter=3072),
+    "pro": Sizes(heads=128, groups=16, inter=3072, experts=384),
+    "pro-tp8": Sizes(heads=16, groups=2, inter=3072, experts=384),
 }
 BANDWIDTH = {"NVIDIA H200": 4.26e12}  # bytes/s of a Triton copy of 8 GiB, measured
+PEAK = {"NVIDIA H200": 989e12}  # bf16 operations/s, from the data sheet
+FLUSH = 256 << 20  # bytes, five times the L2 of an H200
+COLD_CALLS, COLD_REPLAYS = 20, 9
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians in µs; ``agrees`` says whether the fused result equals eager up to rounding."""
+    """Medians in µs; ``agrees`` says whether the fused result equals eager up to rounding.
+
+    ``spread`` is (largest - smallest) / median of our warm times. ``tb_s`` and ``tflops`` are
+    reached by our warm time. ``eager`` is None for what cannot be captured in a CUDA graph.
+    """
 
     fusion: str
     variant: str
@@ -42,6 +52,12 @@ class Row:
     ours: float
     floor: float | None
     agrees: bool
+    eager: float | None = None
+    inductor_cold: float | None = None
+    ours_cold: float | None = None
+    spread: float = 0.0
+    tb_s: float = 0.0
+    tflops: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -50,6 +66,7 @@ class Row:
 
 def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
     """One variant at one number of tokens. Raises FusionError if the site is not taken."""
+    torch.manual_seed(0)
     made = fusion.examples[variant](tokens, MODELS[model], "cuda")
     with torch.no_grad():
         wanted = _tensors(made.fn(*made.inputs))
@@ -59,54 +76,151 @@ def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
         fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
         found = _tensors(fused(*made.inputs))
         plain(*made.inputs)
-        agrees = all(_close(a, b) for a, b in zip(wanted, found, strict=True))
-        times = [_time(lambda f=f: f(*made.inputs)) for f in (plain, fused)]
-    rate = BANDWIDTH.get(torch.cuda.get_device_name())
-    floor = made.moved / rate * 1e6 if rate else None
-    return Row(fusion.name, variant, model, tokens, *times, floor, agrees)
+        agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
+        eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
+        times = _warm(ours)
+        middle = statistics.median(times)
+        return Row(
+            fusion.name, variant, model, tokens, statistics.median(_warm(inductor)), middle,
+            floor(made, torch.cuda.get_device_name()), agrees, _captured(eager), cold(inductor),
+            cold(ours), (max(times) - min(times)) / middle, made.moved / middle / 1e6,
+            made.flops / middle / 1e6,
+        )  # fmt: skip
 
 
-def _time(call) -> float:  # noqa: ANN001
-    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+def floor(made: Example, gpu: str) -> float | None:
+    """µs that the bytes and the operations of an example take at least; None if not known."""
+    if gpu not in BANDWIDTH:
+        return None
+    return 1e6 * max(made.moved / BANDWIDTH[gpu], made.flops / PEAK[gpu])
 
 
-def _tensors(result: object) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)  # type: ignore
+def _warm(call: Callable[[], object]) -> list[float]:
+    """µs of each replay of a graph with many calls."""
+    times = triton.testing.do_bench_cudagraph(call, rep=20, return_mode="all")
+    return [1e3 * t for t in times]
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Within two rounding steps of the dtype at the row's largest value."""
+def _captured(call: Callable[[], object]) -> float | None:
+    try:
+        return statistics.median(_warm(call))
+    except RuntimeError:  # it waits for the host or allocates in a way that no graph holds
+        torch.cuda.synchronize()
+        return None
+
+
+def cold(call: Callable[[], object]) -> float:
+    """µs of a call that finds nothing of its inputs in L2: flushes and calls, less the flushes."""
+    buffer = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def both() -> None:
+        buffer.zero_()
+        call()
+
+    with_calls, without = (_replayed(f, COLD_CALLS) for f in (both, buffer.zero_))
+    return max(0.0, with_calls - without)
+
+
+def _replayed(call: Callable[[], object], times: int) -> float:
+    """Median µs of one of ``times`` calls in a graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    found = []
+    for _ in range(COLD_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(1e3 * start.elapsed_time(end) / times)
+    return statistics.median(found)
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore
+
+
+def _close(a: Tensor, b: Tensor, slack: float) -> bool:
+    """Equal integers; floats within two rounding steps, and the slack, at the row's largest."""
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
     x, y = a.double(), b.double()
-    return bool(
-        ((x - y).abs() <= 2 * torch.finfo(a.dtype).eps * x.abs().amax(-1, keepdim=True)).all()
-    )
+    error = 2 * torch.finfo(a.dtype).eps + slack
+    return bool(((x - y).abs() <= error * x.abs().amax(-1, keepdim=True)).all())
 
 
 def run(
     names: Sequence[str], models: Iterable[str], tokens: Iterable[int], path: pathlib.Path | None
-) -> list[Row]:
-    """Measures and prints; writes ``<fusion>.json`` with GPU, versions and date into ``path``."""
-    console, rows = Console(), list[Row]()
-    fusions = [registry()[n] for n in names or registry()]
-    titles = ("fusion", "variant", "tokens", "Inductor µs", "ours µs", "ratio", "floor µs")
+) -> tuple[list[Row], list[str]]:
+    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``)."""
+    console, rows, wrong = Console(), list[Row](), list[str]()
     for model in models:
-        table = Table(*titles, title=model)
-        for fusion, variant in ((f, v) for f in fusions for v in f.examples):
-            for t in tokens:
-                row = measure(fusion, variant, model, t)
-                rows.append(row)
-                floor = f"{row.floor:.1f}" if row.floor else "?"
-                note = "" if row.agrees else " WRONG"
-                table.add_row(row.fusion + note, variant, str(t), f"{row.inductor:.2f}",
-                              f"{row.ours:.2f}", f"{row.ratio:.2f}", floor)  # fmt: skip
+        table = Table(*TITLES, title=model)
+        for name, variant, t in _sites(names, tokens):
+            try:
+                row = measure(registry()[name], variant, model, t)
+            except Exception as error:  # one that cannot run does not hold up the others
+                said = (str(error).strip().splitlines() or [repr(error)])[0]
+                wrong.append(f"{name} ({variant}) at {t} tokens: {said}")
+                continue
+            rows.append(row)
+            if not row.agrees:
+                wrong.append(f"{name} ({variant}) at {t} tokens differs from eager.")
+            table.add_row(*_cells(row))
         console.print(table)
     if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        for fusion in fusions:
-            own = [asdict(r) for r in rows if r.fusion == fusion.name]
-            text = json.dumps({**environment(), "rows": own}, indent=1)
-            (path / f"{fusion.name}.json").write_text(text + "\n")
-    return rows
+        save(rows, path, environment())
+    return rows, wrong
+
+
+def _sites(names: Sequence[str], tokens: Iterable[int]) -> Iterator[tuple[str, str, int]]:
+    """Each variant of each fusion at each number; a fusion without examples has none."""
+    counts = list(tokens)
+    for name in names or registry():
+        yield from ((name, v, t) for v in registry()[name].examples for t in counts)
+
+
+TITLES = ("fusion", "variant", "tokens", "eager µs", "Inductor µs", "ours µs", "± %", "ratio",
+          "floor µs", "TB/s", "TFLOP/s", "cold: Inductor µs", "ours µs")  # fmt: skip
+
+
+def _cells(row: Row) -> list[str]:
+    def number(x: float | None) -> str:
+        return "?" if x is None else f"{x:.2f}"
+
+    return [
+        row.fusion + " WRONG" * (not row.agrees), row.variant, str(row.tokens), number(row.eager),
+        number(row.inductor), number(row.ours), f"{100 * row.spread:.0f}", number(row.ratio),
+        number(row.floor), number(row.tb_s), number(row.tflops) if row.tflops else "",
+        number(row.inductor_cold), number(row.ours_cold),
+    ]  # fmt: skip
+
+
+def save(rows: Sequence[Row], path: pathlib.Path, made_on: dict[str, object]) -> None:
+    """All rows into ``path`` where it ends in .json, else ``<fusion>.json`` into that folder."""
+    files = {path: list(rows)} if path.suffix == ".json" else {}
+    if not files:
+        for row in rows:
+            files.setdefault(path / f"{row.fusion}.json", []).append(row)
+    for file, own in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**made_on, "rows": [asdict(r) for r in own]}, indent=1)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def load(path: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:
+    """The rows and the machine of a file that ``save`` wrote; ValueError if it is none."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Row)}
+    try:
+        rows = [Row(**{k: v for k, v in r.items() if k in known}) for r in data.pop("rows")]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no measurements ({error!r}).") from error
+    return rows, data
 
 
 def environment() -> dict[str, object]:

@@ -16,12 +16,13 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from dsv4fuse.options import Options
 from dsv4fuse.report import Report
 
+T = TypeVar("T")
 _LOG = logging.getLogger("dsv4fuse")
 _PACKAGES = ("dsv4fuse", "dsv4fuse.kernels", "dsv4fuse.patterns")
 # .json: where a fusion wins is measured data beside its kernel, and it decides what is taken.
@@ -89,6 +90,7 @@ def _environment() -> dict[str, object]:
         "triton": triton,
         "device": device,
         "interpret": os.environ.get("TRITON_INTERPRET", "0"),
+        "only": os.environ.get("DSV4FUSE_ONLY"),
     }
 
 
@@ -135,9 +137,34 @@ def _path(key: str) -> pathlib.Path:
 
 
 def save_report(key: str, report: Report) -> None:
-    """Keep ``report`` under ``key`` for later processes; a failure is logged, never raised.
+    """Keep ``report`` under ``key`` for later processes; a failure is logged, never raised."""
+    _save(key, report.to_json)
 
-    A reader sees the old file or the new one, never a part: the text goes to a temporary file
+
+def load_report(key: str) -> Report | None:
+    """The report kept under ``key``, or ``None`` when there is none that can be read."""
+    return _load(key, Report.from_json)
+
+
+def save_times(key: str, times: tuple[float, float]) -> None:
+    """Keep a site's measured (Inductor's, our) µs for later processes."""
+    _save(key, lambda: json.dumps({"inductor": times[0], "ours": times[1]}))
+
+
+def load_times(key: str) -> tuple[float, float] | None:
+    """The times kept under ``key``, or ``None``."""
+    return _load(key, _times)
+
+
+def _times(content: bytes) -> tuple[float, float]:
+    stored = json.loads(content)
+    if not isinstance(stored, dict) or set(stored) != {"inductor", "ours"}:
+        raise ValueError("not a file of times")
+    return float(stored["inductor"]), float(stored["ours"])
+
+
+def _save(key: str, text: Callable[[], str]) -> None:
+    """A reader sees the old file or the new one, never a part: the text goes to a temporary file
     that is then renamed, so two processes may write the same key at once.
     """
     temporary: str | None = None
@@ -146,7 +173,7 @@ def save_report(key: str, report: Report) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=".json", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(report.to_json())
+            out.write(text())
         os.replace(temporary, path)
         temporary = None
     except (OSError, ValueError, TypeError) as error:
@@ -160,13 +187,12 @@ def save_report(key: str, report: Report) -> None:
             _remove(temporary)
 
 
-def load_report(key: str) -> Report | None:
-    """The report kept under ``key``, or ``None`` when there is none that can be read."""
+def _load(key: str, parse: Callable[[bytes], T]) -> T | None:
     try:
-        return Report.from_json(_path(key).read_bytes())
+        return parse(_path(key).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         _warn(
             "load",
             f"dsv4fuse could not read a stored report ({error}). It goes on without; "

@@ -38,7 +38,8 @@ class Quantised:
         group = self.arguments["group"]
         blocks = [*lead, width // group]
         layout = [*blocks, group] if self.codes.arguments["blocked"] else shape
-        kept = ([*blocks, 1] if s.arguments["keepdim"] else blocks for s in self.scales)
+        # By the node's rank: of one block a row, a scale is also what one without a kept axis is.
+        kept = ([*blocks, 1][: s.node.meta["val"].dim()] for s in self.scales)
         return (codes.view(layout), *(scales.view(k) for k in kept))
 
     @property

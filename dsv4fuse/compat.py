@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,6 +27,17 @@ def outside_compilation() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 matrix products in fp32, whatever the user's setting for TF32 is."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
 def trace(
     fn: Callable[..., Any], inputs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> fx.Graph:
@@ -37,17 +48,23 @@ def trace(
         return traced(*fakes).graph
 
 
-def trace_fused(fn: Callable[..., Any], fakes: Sequence[Any], *, keep_ops: bool) -> fx.GraphModule:
-    """fn, which calls fused ops, as a functional graph over the fakes' own fake mode.
+def kept_ops() -> contextlib.AbstractContextManager[None]:
+    """While tracing, a ``triton_op`` stays one node."""
+    from torch.export._trace import _disable_custom_triton_op_functional_decomposition
+
+    return _disable_custom_triton_op_functional_decomposition()
+
+
+def trace_fused(
+    fn: Callable[..., Any], fakes: Sequence[Any], like: Sequence[Any] = (), *, keep_ops: bool
+) -> fx.GraphModule:
+    """fn, which calls fused ops, as a functional graph over the fakes' (or like's) fake mode.
 
     ``keep_ops`` leaves each op one node; otherwise an op becomes the launch of its Triton kernel,
     which Inductor's wrapper then makes itself instead of going through the dispatcher.
     """
-    from torch.export._trace import _disable_custom_triton_op_functional_decomposition
-
-    whole = _disable_custom_triton_op_functional_decomposition
-    kept = whole if keep_ops else contextlib.nullcontext
-    modes = {x.fake_mode for x in fakes if hasattr(x, "fake_mode")}
+    kept = kept_ops if keep_ops else contextlib.nullcontext
+    modes = {x.fake_mode for x in (*fakes, *like) if hasattr(x, "fake_mode")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.no_grad())
@@ -85,6 +102,14 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _PATH = re.compile(r"^L\['self'\]\.?|^L__self___?")
 
 
+def constant(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a ``get_attr`` node of a traced graph stands for."""
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value if isinstance(value, torch.Tensor) and not is_fake(value) else None
+
+
 def configured_passes() -> list[Any]:
     """The passes that the user's own Inductor configuration has at our hook."""
     there = torch._inductor.config.joint_custom_pre_pass
@@ -94,13 +119,16 @@ def configured_passes() -> list[Any]:
 
 
 def compile_inner(
-    gm: fx.GraphModule, inputs: Sequence[Any], fusing: Any, inner: str
+    gm: fx.GraphModule, inputs: Sequence[Any], fusing: Any, inner: str, mode: str | None = None
 ) -> Callable[..., Any]:
-    """gm compiled with the pass (None: without), by Inductor or as the rewritten ATen graph."""
+    """gm compiled with the pass (None: without), by Inductor or as the rewritten ATen graph.
+    ``mode`` is one of torch.compile's ("reduce-overhead": CUDA graphs); only Inductor has them."""
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {} if fusing is None else {"joint_custom_pre_pass": fusing}
+        patches: dict[str, Any] = torch._inductor.list_mode_options(mode) if mode else {}
+        if fusing is not None:
+            patches = patches | {"joint_custom_pre_pass": fusing}
         return compile_fx(gm, inputs, config_patches=patches)
 
     from torch._dynamo.backends.common import aot_autograd

@@ -28,8 +28,13 @@ class Candidate:
     ``call(*inputs)`` gets one tensor per node of ``inputs`` and returns one tensor per node of
     ``outputs``, equal in shape, dtype and stride; it mutates, in place, each input in ``caches``
     whose new version is the node at the same position in ``updates``. ``places`` says of an
-    index input how many places it may name and the axis along which they differ (None: all).
+    index input how many places it may name and the axis along which they differ (None: all),
+    ``reads`` of one that is only read by how many numbers there are to draw from.
+    ``pieces`` says of a cache of bytes which values lie in it, for the check on random inputs.
+    ``settled(*inputs)`` says of each row of the outputs whether it has only one right result.
     ``variant`` is the example whose measurements speak for this site, at ``tokens`` tokens.
+    ``judged`` says what the outputs promise, see ``verify``: to be the module's ("eager"), or to
+    be as near to exact arithmetic as the module's ("exact").
     """
 
     fusion: str
@@ -40,11 +45,20 @@ class Candidate:
     caches: tuple[fx.Node, ...] = ()
     updates: tuple[fx.Node, ...] = ()
     places: Mapping[fx.Node, tuple[int | torch.SymInt, int | None]] = field(default_factory=dict)
+    pieces: Mapping[fx.Node, Callable[[Tensor], tuple[Tensor, ...]]] = field(default_factory=dict)
+    reads: Mapping[fx.Node, int | torch.SymInt] = field(default_factory=dict)
+    settled: Callable[..., Tensor] | None = None
     variant: str = ""
     tokens: int | torch.SymInt = 1
     unsupported: str | None = None
     loose: frozenset[str] = frozenset()
     detail: Mapping[str, object] = field(default_factory=dict)
+    judged: str = "eager"
+    # The size of an input's random values in the check, where 2 would not do.
+    spread: Mapping[fx.Node, float] = field(default_factory=dict)
+    # Nodes that hold the same value as an input, and that input; the pass finds them.
+    like: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    site: str = ""  # its name in the process, such as "norm_rope_cache#3"; the pass gives it
 
 
 @dataclass(frozen=True)
@@ -57,15 +71,24 @@ class Sizes:
     groups: int = 8
     inter: int = 2048
     window: int = 128
+    experts: int = 256
+    top_k: int = 6
 
 
 @dataclass(frozen=True)
 class Example:
-    """A plain sequence, inputs for it, and the bytes it cannot avoid to move."""
+    """A plain sequence, inputs for it, the bytes it cannot avoid to move and its operations.
+
+    ``slack`` is what the benchmark lets results differ by beside their rounding, relative to a
+    row's largest value (long sums in two orders): 0 where the interpreted kernel has eager's bits.
+    ``flops`` counts at the rate of bf16 (one in fp8 is half), for what a matrix product bounds.
+    """
 
     fn: Callable[..., object]
     inputs: tuple[Tensor, ...]
     moved: int
+    slack: float = 0.0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,13 +96,23 @@ class Fusion:
     """A registered fusion; ``name`` is the stem of its files in patterns/ and kernels/.
 
     ``examples`` are the sequences as people write them, one for each variant of the fusion:
-    ``examples[variant](tokens, sizes, device)``, for the benchmark.
+    ``examples[variant](tokens, sizes, device)``, for the benchmark. One without a ``kernel`` puts
+    plain operations in, which are never slower. ``broken`` has a sentence for a graph break that
+    is of its kind, by Dynamo's reason.
     """
 
     name: str
     find: Callable[[Scene, str], list[Candidate]]
     atoms: tuple[Atom, ...]
     examples: Mapping[str, Callable[[int, Sizes, str], Example]]
+    kernel: bool = True
+    broken: Callable[[str], str | None] | None = None
+
+
+def has_kernel(name: str) -> bool:
+    """False for a fusion that only puts plain operations in."""
+    fusion = registry().get(name)
+    return fusion is None or fusion.kernel
 
 
 def undecided(fusion: str, hit: Hit) -> Candidate:

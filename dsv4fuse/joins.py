@@ -87,14 +87,14 @@ def _select_scatter(low: Lowering, node: fx.Node, m: Map) -> Value:
 
 
 def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piece]) -> Value:
-    """The node's value through m, for a value made of pieces along its last axis."""
-    if axis != len(m) - 1:
-        raise Opaque  # rows are joined: a new tensor as far as any fusion is concerned
+    """The node's value through m, for a value made of pieces along an axis."""
     i = m[axis]
     for start, size, step, read in pieces:
         local = _inside(i, start, size, step)
         if local is not None:
-            return read((*m[:axis], local))
+            return read((*m[:axis], local, *m[axis + 1 :]))
+    if axis != len(m) - 1:
+        raise Opaque  # joined rows: a new tensor as far as any fusion is concerned
     if len(i.terms) != 1 or i.terms[0][0] != 1 or i.offset != 0:
         raise Opaque
     digit = i.terms[0][1]

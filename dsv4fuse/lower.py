@@ -32,6 +32,8 @@ ELEMENTWISE: dict[Any, str] = {
         "abs": "abs.default",
         "exp": "exp.default",
         "exp2": "exp2.default",
+        "log": "log.default",
+        "log1p": "log1p.default",
         "log2": "log2.default",
         "ceil": "ceil.default",
         "floor": "floor.default",
@@ -43,7 +45,9 @@ ELEMENTWISE: dict[Any, str] = {
         "sin": "sin.default",
         "maximum": "maximum.default clamp_min.default clamp_min.Tensor",
         "minimum": "minimum.default clamp_max.default clamp_max.Tensor",
+        "remainder": "remainder.Scalar remainder.Tensor",
         "where": "where.self",
+        "eq": "eq.Scalar eq.Tensor",
         "gt": "gt.Scalar gt.Tensor",
         "ge": "ge.Scalar ge.Tensor",
         "lt": "lt.Scalar lt.Tensor",
@@ -51,7 +55,7 @@ ELEMENTWISE: dict[Any, str] = {
     }.items()
     for packet, overload in (s.split(".") for s in spellings.split())
 }
-COMPARE = frozenset({"gt", "ge", "lt", "le"})
+COMPARE = frozenset({"eq", "gt", "ge", "lt", "le"})
 FOLDS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax"}
 
 
@@ -62,8 +66,11 @@ class Opaque(Exception):
 class Lowering:
     """The terms of one graph."""
 
-    def __init__(self, interner: Interner | None = None) -> None:
+    def __init__(
+        self, interner: Interner | None = None, leaves: frozenset[fx.Node] = frozenset()
+    ) -> None:
         self.interner = interner or Interner()
+        self.leaves = leaves  # nodes to read as they are, whatever computes them
         self.origins: dict[Term, list[tuple[fx.Node, Map]]] = defaultdict(list)
         self.parts: dict[Term, list[tuple[fx.Node, Map, str]]] = defaultdict(list)
         self.loose: dict[Term, str] = {}  # terms that an ulp rule made, with its name
@@ -109,7 +116,7 @@ class Lowering:
         return leaf
 
     def _read(self, node: fx.Node, m: Map) -> Term | Complex:
-        if node.op != "call_function":
+        if node.op != "call_function" or node in self.leaves:
             raise Opaque
         target = node.target
         if target in ELEMENTWISE:

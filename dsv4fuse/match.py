@@ -30,12 +30,12 @@ class Bound:
     node: fx.Node
     rows: Rows  # per leading axis of the node: the root's axis, None for an axis of size one
     part: str = ""  # "re" or "im" of a complex node
-    laned: bool = True  # the last axis of the node holds the lanes
+    laned: bool = True  # the last axis of the node (of a hole [rows, W, lanes] two) holds lanes
 
 
 @dataclass(frozen=True)
 class Hole:
-    """A placeholder of a reference: rank 2 ``[rows, lanes]``, ``[rows, 1]`` or rank 1 ``[lanes]``.
+    """A placeholder of a reference: ``[rows, (W,) lanes]``, ``[rows, 1]`` or ``[lanes]``.
 
     ``wide`` holes (weights, cos, sin) may bind behind an exact widening cast.
     """
@@ -249,12 +249,15 @@ class Unifier:
         self, hole: Hole, wanted: Map, node: fx.Node, m: Map, space: Space, part: str
     ) -> Bound | None:
         shape = maps.sizes_of(node.meta["val"])
+        count = max(len(hole.shape) - 1, 1)  # of lane axes
         if hole.shape[-1] == 1:  # one value a row: any axis may be the last
             laned = bool(shape) and shape[-1] == 1
             lead = m[:-1] if laned else m
         else:
-            laned, lead = True, m[:-1]
-            if not m or shape[-1] != hole.shape[-1] or not _same_lanes(wanted[-1], m[-1], space):
+            laned, lead = True, m[:-count]
+            if shape[-count:] != hole.shape[-count:] or not all(
+                _same_lanes(i, j, space) for i, j in zip(wanted[-count:], m[-count:], strict=True)
+            ):
                 return None
         rows = tuple(self._row(i, space) for i in lead)
         if -1 in rows or not maps.whole_axes(lead, shape):

@@ -10,6 +10,7 @@ from torch import fx
 from dsv4fuse.match import Pattern
 from dsv4fuse.scene import Atom, Scene
 from dsv4fuse.terms import COMMUTATIVE, Complex, Term, short, show
+from dsv4fuse.views import base_of
 
 ALIKE = 0.6  # the part of a reference's operations that must be there to speak of a near miss
 
@@ -122,7 +123,7 @@ def near_misses(scene: Scene, covered: set[fx.Node]) -> list[NearMiss]:
     hit = {node for (_, node), h in scene._hits.items() if h is not None}
     for atom, node, pattern, miss in scene.misses:
         root = scene.low.term(node)
-        if node in covered or node in hit or isinstance(root, Complex):
+        if node in covered or {node, base_of(node)} & hit or isinstance(root, Complex):
             continue
         alignment = _Alignment(pattern, scene)
         alike = alignment.alike(pattern.root, root) / size(pattern.root)

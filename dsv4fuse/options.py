@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 Numerics = Literal["faithful", "precise"]
-Select = Literal["auto", "always", "never"]
+Select = Literal["auto", "measure", "always", "never"]
 Inner = Literal["inductor", "eager"]
 
 #: The values that each choice option takes.
 CHOICES: dict[str, tuple[str, ...]] = {
     "numerics": ("faithful", "precise"),
-    "select": ("auto", "always", "never"),
+    "select": ("auto", "measure", "always", "never"),
     "inner": ("inductor", "eager"),
 }
 
@@ -49,6 +49,12 @@ def debugging() -> bool:
     return _switched_on("DSV4FUSE_DEBUG")
 
 
+def only() -> tuple[str, ...] | None:
+    """The sites that ``DSV4FUSE_ONLY`` leaves on (``fusion`` or ``fusion#number``); None: all."""
+    text = os.environ.get("DSV4FUSE_ONLY")
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
 def _switched_on(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
@@ -69,7 +75,8 @@ class Options:
     verify: bool = True
     """Compare every site with the region it replaces, on random inputs, before it is taken."""
     select: Select = "auto"
-    """``auto`` follows measured data, the others do as they say."""
+    """``auto`` follows the data measured on such a GPU, and measures each site on any other;
+    ``measure`` times each site on the spot; the others do as they say."""
     allow_lossy: frozenset[str] = frozenset()
     """Fusions that change the numbers and are allowed to; the names are in ``LOSSY``."""
     expect: Mapping[str, int] | None = field(default=None, hash=False)

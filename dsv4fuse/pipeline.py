@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections import Counter
 
 from torch import fx
 
-from dsv4fuse import compat, rewrite, select, verify
+from dsv4fuse import chaining, compat, measure, rewrite, select, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
-from dsv4fuse.options import Options
+from dsv4fuse.options import Options, only
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
 log = logging.getLogger(__name__)
+numbers: Counter[str] = Counter()  # of each fusion, how many sites this process has seen
 
 
 def run(graph: fx.Graph, options: Options) -> Report:
@@ -22,26 +25,26 @@ def run(graph: fx.Graph, options: Options) -> Report:
     started = time.perf_counter()
     scene = Scene(graph)
     fusions = list(registry().values())
-    candidates = [c for f in fusions for c in f.find(scene, options.numerics)]
-    covered: set[fx.Node] = set()
-    planned, sites = [], []
-    for candidate in candidates:
-        region = _region(scene, candidate)
-        covered.update(region)
-        if not options.wants(candidate.fusion):
-            continue
-        status, reason, traced = _decide(candidate, region, options)
-        if traced is None:
-            sites.append(_site(candidate, status, reason))
-        else:
-            planned.append((candidate, traced))
+    found = [c for f in fusions for c in f.find(scene, options.numerics)]
+    found = chaining.chained(scene, [(c, _region(scene, c)) for c in found])
+    found = [dataclasses.replace(c, like=_like(scene, c)) for c in found]
+    regions = [(c, _region(scene, c)) for c in _named(scene, found)]
+    allowed = only()
+    covered = {node for _, region in regions for node in region}
+    sites: list[Site] = []
+    gone: list[tuple[Candidate, set[fx.Node]]] = []
     newer: dict[fx.Node, fx.Node] = {}
-    for candidate, traced in planned:
-        try:
-            rewrite.apply(graph, candidate, traced, newer)
-            sites.append(_site(candidate, "taken", _how(candidate)))
-        except rewrite.Declined as error:
-            sites.append(_site(candidate, "declined", str(error)))
+    # The largest first: where it cannot be taken, the smaller ones inside it get their turn.
+    waiting = sorted(regions, key=lambda cr: -len(cr[1]))
+    waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
+    if allowed is not None:
+        waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
+    while waiting:
+        planned, waiting = _planned(scene, waiting, gone, options, sites)
+        refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
+        if not refused:
+            break
+        gone = [g for g in gone if not any(g[0] is c for c in refused)]
     for near in near_misses(scene, covered):
         fusion = next((f.name for f in fusions if near.atom in f.atoms), "")
         if not options.wants(fusion) or not fusion:
@@ -54,30 +57,120 @@ def run(graph: fx.Graph, options: Options) -> Report:
     return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started)
 
 
+def _planned(
+    scene: Scene,
+    waiting: list[tuple[Candidate, list[fx.Node]]],
+    gone: list[tuple[Candidate, set[fx.Node]]],
+    options: Options,
+    sites: list[Site],
+) -> tuple[list[tuple[Candidate, fx.GraphModule]], list[tuple[Candidate, list[fx.Node]]]]:
+    """The plans of what is taken, in the graph's order, and what lies inside that and waits.
+
+    What is taken is added to ``gone``, what is declined to ``sites``; not what lies inside
+    something that was declined for the same reason.
+    """
+    planned, inside, refused = [], [], list[tuple[set[fx.Node], str]]()
+    for candidate, region in waiting:
+        if _swallowed(scene, candidate, gone):
+            inside.append((candidate, region))
+            continue
+        candidate, status, reason, traced = _decide(candidate, region, options)
+        if traced is not None:
+            planned.append((candidate, traced))
+            gone.append((candidate, set(region)))
+        elif not any(reason == why and left.issuperset(region) for left, why in refused):
+            refused.append((set(region), reason))
+            sites.append(_site(candidate, status, reason))
+    return sorted(planned, key=lambda ct: scene.order[ct[0].root]), inside
+
+
+def _applied(
+    graph: fx.Graph,
+    candidate: Candidate,
+    traced: fx.GraphModule,
+    newer: dict[fx.Node, fx.Node],
+    sites: list[Site],
+) -> bool:
+    """Puts a plan into the graph, unless that turns out to be illegal."""
+    try:
+        rewrite.apply(graph, candidate, traced, newer)
+    except rewrite.Declined as error:
+        sites.append(_site(candidate, "declined", str(error)))
+        return False
+    sites.append(_site(candidate, "taken", _how(candidate)))
+    return True
+
+
+def _named(scene: Scene, found: list[Candidate]) -> list[Candidate]:
+    """The candidates in the graph's order, each with its site's name."""
+    ordered = sorted(found, key=lambda c: scene.order[c.root])
+    names = []
+    for candidate in ordered:
+        names.append(f"{candidate.fusion}#{numbers[candidate.fusion]}")
+        numbers[candidate.fusion] += 1
+    return [dataclasses.replace(c, site=n) for c, n in zip(ordered, names, strict=True)]
+
+
 def _region(scene: Scene, candidate: Candidate) -> list[fx.Node]:
     """The nodes that compute the candidate's outputs from its inputs, in the graph's order."""
     nodes: set[fx.Node] = set()
+    leaves = {*candidate.inputs, *_like(scene, candidate)}
     for root in (*candidate.outputs, *candidate.updates):
-        nodes |= scene.region(root, candidate.inputs)
+        nodes |= scene.region(root, leaves)
     return sorted(nodes, key=scene.order.__getitem__)
+
+
+def _like(scene: Scene, candidate: Candidate) -> dict[fx.Node, fx.Node]:
+    """Nodes that hold what an input holds: other slices and casts of one tensor."""
+    inputs = [n for n in candidate.inputs if n not in candidate.caches]
+    ends = {*candidate.inputs, *candidate.outputs, *candidate.updates}
+    return {like: n for n in inputs for like in scene.alike(n) if like not in ends}
+
+
+def _swallowed(
+    scene: Scene, candidate: Candidate, gone: list[tuple[Candidate, set[fx.Node]]]
+) -> bool:
+    """Does nobody need what the candidate computes, once the planned ones are taken?"""
+    replaced = [n for c, _ in gone for n in (*c.outputs, *c.updates)]
+    inside = set().union(*(region for _, region in gone))
+    return all(
+        node in replaced or (node in inside and not scene.live_without(node, replaced))
+        for node in (*candidate.outputs, *candidate.updates)
+    )
 
 
 def _decide(
     candidate: Candidate, region: list[fx.Node], options: Options
-) -> tuple[str, str, fx.GraphModule | None]:
-    reason = select.decline(candidate, options)
-    if reason:
-        return "declined", reason, None
+) -> tuple[Candidate, str, str, fx.GraphModule | None]:
+    """The candidate (with the times it was chosen by), its status, the reason, the plan."""
+    verdict = select.decide(candidate, options)
+    if verdict.take is False:
+        return candidate, "declined", verdict.why, None
     try:
         traced = rewrite.plan(candidate)
     except rewrite.Declined as error:
-        return "declined", str(error), None
-    if options.verify:
+        return candidate, "declined", str(error), None
+    runs = options.verify or verdict.take is None  # otherwise nobody need ask for free memory
+    large = runs and verify.too_large(candidate, region)
+    if large:
+        detail = {**candidate.detail, "check": verify.UNCHECKED}
+        candidate = dataclasses.replace(candidate, detail=detail)
+    elif options.verify:
         wrong = verify.check(candidate, region, options.numerics)
         if wrong:
             log.warning("%s: %s", candidate.fusion, wrong)
-            return "rejected", wrong, None
-    return "taken", "", traced
+            return candidate, "rejected", wrong, None
+    if verdict.take is None and not large:  # what does not run cannot be the faster one
+        taken = measure.times(candidate, region, options)
+        if isinstance(taken, str):
+            return candidate, "declined", taken, None
+        verdict = select.compare(taken)
+        if not verdict.take:
+            return candidate, "declined", verdict.why, None
+    if verdict.times:
+        detail = {**candidate.detail, "µs": dict(verdict.times), "why": verdict.why}
+        candidate = dataclasses.replace(candidate, detail=detail)
+    return candidate, "taken", "", traced
 
 
 def _how(candidate: Candidate) -> str:
@@ -85,13 +178,13 @@ def _how(candidate: Candidate) -> str:
     loose = f" Equal up to rounding by: {', '.join(sorted(candidate.loose))}." * bool(
         candidate.loose
     )
-    return f"{how[:1].upper()}{how[1:]}.{loose}" if how else f"Fused.{loose}"
+    more = "".join(f" {candidate.detail[k]}" for k in ("why", "check") if k in candidate.detail)
+    return f"{how[:1].upper()}{how[1:]}.{loose}{more}" if how else f"Fused.{loose}{more}"
 
 
 def _site(candidate: Candidate, status: str, reason: str) -> Site:
     module, file, line = compat.place(candidate.root)
-    return Site(
-        candidate.fusion, status, module, file, line, reason, detail=dict(candidate.detail)
-    )  # type: ignore[arg-type]
+    detail = {"site": candidate.site, **candidate.detail}
+    return Site(candidate.fusion, status, module, file, line, reason, detail=detail)  # type: ignore[arg-type]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsv4fuse import compat
-from dsv4fuse.fusion import Candidate
-from dsv4fuse.scene import readers
+from dsv4fuse.fusion import Candidate, has_kernel
+from dsv4fuse.scene import needed, readers
 from dsv4fuse.terms import short
 from dsv4fuse.views import base_of
 
@@ -31,7 +31,8 @@ def plan(candidate: Candidate) -> fx.GraphModule:
         if node not in candidate.caches and base_of(node) in candidate.caches:
             raise Declined(f"{node.name} is a part of the cache that the fused op would write.")
     try:
-        importlib.import_module(f"dsv4fuse.kernels.{candidate.fusion}")
+        if has_kernel(candidate.fusion):
+            importlib.import_module(f"dsv4fuse.kernels.{candidate.fusion}")
     except ImportError as error:
         raise Declined(f"The kernel cannot be loaded on this machine: {error}.") from error
     fakes = [n.meta["val"] for n in candidate.inputs]
@@ -42,7 +43,8 @@ def plan(candidate: Candidate) -> fx.GraphModule:
 
     on_gpu = any(isinstance(f, Tensor) and f.is_cuda for f in fakes)
     try:
-        traced = compat.trace_fused(fused, fakes, keep_ops=not on_gpu)
+        like = [n.meta["val"] for n in candidate.outputs]
+        traced = compat.trace_fused(fused, fakes, like, keep_ops=not on_gpu)
     except ValueError as error:  # what a kernel's own checks raise
         raise Declined(str(error).strip()) from error
     results = next(n for n in traced.graph.nodes if n.op == "output").args[0]
@@ -77,15 +79,17 @@ def apply(
     ``newer`` maps nodes that earlier calls replaced to what stands for them now.
     """
     inputs = [newer.get(n, n) for n in candidate.inputs]
-    last = max(inputs)
+    last = max(inputs, default=None)
     replaced = (*candidate.outputs, *candidate.updates)
     read, shown = (set().union(*sets) for sets in zip(*map(readers, replaced), strict=True))
-    early = next((u for u in sorted(read) if not last < u), None)
-    if early is not None:
+    dead = {u for u in read | shown if not needed(u, replaced)}  # they end in what is replaced
+    read -= dead
+    early = next((u for u in sorted(read) if last is not None and not last < u), None)
+    if last is not None and early is not None:
         raise Declined(
             f"{early.name} reads the result before {last.name}, which the fused op needs, is there."
         )
-    first = min(read, default=last.next)
+    first = min(read, default=(last or candidate.root).next)
     for cache, update in zip(candidate.caches, candidate.updates, strict=True):
         _unread(cache, update, first)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -102,11 +106,23 @@ def apply(
                         copy.meta[name] = candidate.root.meta[name]
             elif node.op != "placeholder":
                 raise Declined(f"The fused op needs a constant of its own ({node.target}).")
-    for view in sorted(v for v in shown if v < first):
-        first.prepend(view)  # a view that stood in front of the fused op comes behind it
+    dead |= _moved_behind(graph, first, sorted(v for v in shown - dead if v < first), dead)
     for old, new in zip(replaced, results, strict=True):
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in dead)
         newer[old] = new
+
+
+def _moved_behind(
+    graph: fx.Graph, first: fx.Node, views: list[fx.Node], dead: set[fx.Node]
+) -> set[fx.Node]:
+    """Views that stood in front of the fused op come behind it; copies stay for dead readers."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for view in views:
+        with graph.inserting_before(view):
+            copies[view] = graph.node_copy(view, lambda n: copies.get(n, n))
+        view.replace_all_uses_with(copies[view], delete_user_cb=lambda user: user in dead)
+        first.prepend(view)
+    return set(copies.values())
 
 
 def _unread(cache: fx.Node, update: fx.Node, first: fx.Node) -> None:

@@ -6,6 +6,7 @@ walk a ``Scene`` and chain the hits of their atoms.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,10 @@ class Hit:
         return self.env.scalars[name]
 
 
+def _tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
 def readers(node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
     """(the nodes that read a value, directly or through views, those views)."""
     found: set[fx.Node] = set()
@@ -77,12 +82,29 @@ def readers(node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
     return found, between
 
 
-class Scene:
-    """One graph read as terms, with what atoms found in it."""
+def needed(node: fx.Node, without: Iterable[fx.Node]) -> bool:
+    """Does anything that leaves the graph depend on node, other than through the nodes given?"""
+    done, stack = set(without), [node]
+    while stack:
+        user = stack.pop()
+        if user.op == "output" or user.target is torch.ops.aten.copy_.default:
+            return True
+        if user not in done:
+            done.add(user)
+            stack += user.users
+    return False
 
-    def __init__(self, graph: fx.Graph) -> None:
+
+class Scene:
+    """One graph read as terms, with what atoms found in it.
+
+    ``leaves`` are read as tensors of their own: what is done to a value made of pieces is then one
+    term, not the same steps on each piece.
+    """
+
+    def __init__(self, graph: fx.Graph, leaves: Iterable[fx.Node] = ()) -> None:
         self.graph = graph
-        self.low = Lowering()
+        self.low = Lowering(leaves=frozenset(leaves))
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.nodes = [
             n
@@ -92,6 +114,13 @@ class Scene:
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
         self._operations: dict[Term, frozenset[str]] = {}
         self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
+        # In the graph's order no read goes deeper than one node: residual streams chain all layers.
+        self._shown: dict[Term, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            term = self.low.term(node)
+            if isinstance(term, Term):
+                self.operations(term)
+                self._shown[term].append(node)
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
         """The atom at a node, in the first of its specs that fits."""
@@ -136,6 +165,15 @@ class Scene:
             self.order[other] >= self.order[node] for other, _ in self.holders(node)
         )
 
+    def alike(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Other nodes that hold the same value with the same strides."""
+        term, value = self.low.term(node) if _tensor(node) else None, node.meta.get("val")
+        for other in self._shown.get(term, ()):  # type: ignore[arg-type]
+            seen = other.meta["val"]
+            same = str((seen.shape, seen.stride())) == str((value.shape, value.stride()))
+            if other is not node and same and seen.dtype == value.dtype:
+                yield other
+
     def reshaped(self, node: fx.Node, base: fx.Node) -> bool:
         """Does node hold base's elements in the same row-major order, as a reshape does?"""
         whole = maps.reshape(straight(node), *(maps.sizes_of(n.meta["val"]) for n in (node, base)))
@@ -166,21 +204,19 @@ class Scene:
         return kept[::-1]
 
     def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
-        """Is there a place after all inputs and before every reader of the outputs?"""
+        """Is there a place after all inputs and before every reader of the outputs that stays?"""
         last = max((self.order[n] for n in inputs), default=-1)
-        return all(self.order[user] > last for n in outputs for user in readers(n)[0])
+        replaced = tuple(outputs)
+        return all(
+            self.order[user] > last or not needed(user, replaced)
+            for n in replaced
+            for user in readers(n)[0]
+        )
 
     def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
         """Would node still be needed if the given nodes were replaced by something else?"""
-        done, stack = set(writes), list(node.users)
-        while stack:
-            user = stack.pop()
-            if user.op == "output" or user.target is torch.ops.aten.copy_.default:
-                return True
-            if user not in done:
-                done.add(user)
-                stack += user.users
-        return False
+        without = tuple(writes)
+        return any(needed(user, without) for user in node.users)
 
     def holders(self, node: fx.Node) -> Iterator[tuple[fx.Node, Rows]]:
         """Nodes with the same lanes as this one, and their leading axes in this one's."""
@@ -193,5 +229,5 @@ class Scene:
                 continue
             lead = m[:-1]
             plain = all(i == maps.ZERO or i.whole() is not None for i in lead)
-            if plain and maps.whole_axes(lead, maps.sizes_of(other.meta["val"])):
+            if plain and maps.whole_axes(m, maps.sizes_of(other.meta["val"])):
                 yield other, tuple(i.whole() for i in lead)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from dsv4fuse import maps
 from dsv4fuse.layout import Order, arrange
+from dsv4fuse.maps import ZERO, Index
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Scene
 from dsv4fuse.writes import Place, Write
@@ -27,6 +29,12 @@ class Slots:
     write: Write
     places: tuple[Place, ...]
     order: Order
+    spans: tuple[tuple[int, int], ...] = ()  # (first row, its slot) of each run of rows written
+
+    @property
+    def flat(self) -> bool:
+        """Do the slots count through the cache's pages?"""
+        return len(self.places) < self.write.cache.meta["val"].dim() - 1
 
     def nodes(self) -> dict[str, fx.Node]:
         """The graph's nodes that say where: index tensors, symbolic starts."""
@@ -43,6 +51,8 @@ class Slots:
         differ (None: all of its elements do)."""
         out = {}
         shape = self.write.cache.meta["val"].shape
+        if self.flat:
+            shape = (shape[0] * shape[1], shape[2])
         for depth, place in enumerate(reversed(self.places)):
             if place.index is not None:
                 own = self.order[1 - depth]
@@ -53,15 +63,26 @@ class Slots:
 
     def arguments(self, given: dict[str, Tensor], tokens: torch.Size) -> dict[str, object]:
         """slot, seq and their starts as the fused ops take them; ``given`` holds ``nodes``."""
-        out: dict[str, object] = {"slot": None, "seq": None, "wrap": True}
+        out: dict[str, object] = {"slot": None, "seq": None, "wrap": True, "flat_slot": self.flat}
         for name, place in zip(NAMES, reversed(self.places), strict=False):
-            if place.index is not None:
+            if name == "slot" and self.spans:
+                out |= {"slot": self._ring(given["cache"], tokens), "wrap": False}
+            elif place.index is not None:
                 bound = Bound(place.index, place.axes, "", False)
                 index = arrange(given[name], bound, self.order)
                 out[name] = index.squeeze(-1).expand(*tokens)
             else:
                 out[f"{name}_start"] = given.get(f"{name}_start", place.start)
         return out
+
+
+    def _ring(self, cache: Tensor, tokens: torch.Size) -> Tensor:
+        """The slot of each row: consecutive within a span, none in front of the first."""
+        row = torch.arange(tokens[1], device=cache.device)
+        slot = torch.full_like(row, -1)
+        for first, start in self.spans:
+            slot = torch.where(row >= first, row + (start - first), slot)
+        return slot.expand(*tokens)
 
 
 def slots(scene: Scene, root: fx.Node, order: Order, writes: list[Write]) -> Slots | None:
@@ -72,10 +93,56 @@ def slots(scene: Scene, root: fx.Node, order: Order, writes: list[Write]) -> Slo
             continue
         own = {v: axis for axis, v in enumerate(rows) if v is not None}
         places = tuple(_renamed(p, own) for p in write.places)
-        seated = _seated(order, places) if len(places) in (1, 2) else None
-        if seated is not None:
-            return Slots(write, places, seated)
+        own_order = seated(order, places) if len(places) in (1, 2) else None
+        if own_order is not None:
+            return Slots(write, places, own_order)
     return None
+
+
+def ring(
+    scene: Scene, root: fx.Node, order: Order, writes: tuple[Write, Write]
+) -> Slots | None:
+    """Two writes of root's last rows to two spans, as a prefill fills a ring."""
+    batch, sequence = order
+    length = None if sequence is None else root.meta["val"].shape[sequence]
+    spans = [_span(scene, root, sequence, w) for w in writes] if isinstance(length, int) else []
+    if not spans or None in spans:
+        return None
+    (at, start, n, place), (next_at, next_start, m, other) = sorted(spans)  # type: ignore[type-var]
+    apart = start + n <= next_start or next_start + m <= start
+    whole = at + n == next_at and next_at + m == length
+    seats = {p.along for p in (place, other) if p is not None}
+    if place != other or not (apart and whole) or not seats <= {batch}:
+        return None
+    places = (*((place,) if place else ()), Place(start=start))
+    return Slots(writes[1], places, order, ((at, start), (next_at, next_start)))
+
+
+def _span(
+    scene: Scene, root: fx.Node, sequence: int | None, write: Write
+) -> tuple[int, int, int, Place | None] | None:
+    """(first row, its slot, rows, the place along the batch) of a write of some of root's rows."""
+    term = scene.low.term(write.value)
+    m = next((m for node, m in scene.low.origins.get(term, []) if node is root), None)
+    if m is None or sequence is None or not 1 <= len(write.places) <= 2:
+        return None
+    *lead, place = write.places
+    run, axes = m[sequence], [i.whole() for i in m]
+    rows = write.value.meta["val"].shape[place.along] if place.along is not None else None
+    moved = Index(0, run.terms).whole()
+    fixed = [p for p in write.places if p.index is None and isinstance(p.start, int)]
+    numbers = isinstance(run.offset, int) and isinstance(rows, int)
+    shape = maps.sizes_of(root.meta["val"])
+    rest = [k for k in range(len(m)) if k != sequence]
+    broken = any(axes[k] is None and m[k] != ZERO for k in rest)
+    if broken or not maps.whole_axes([m[k] for k in rest], [shape[k] for k in rest]):
+        return None
+    if moved is None or moved != place.along or len(fixed) < len(write.places):
+        return None
+    if write.value.meta["val"].dtype != write.cache.meta["val"].dtype or not numbers:
+        return None
+    batch = [replace(p, along=None if p.along is None else axes.index(p.along)) for p in lead]
+    return run.offset, place.start, rows, batch[0] if batch else None
 
 
 def _renamed(place: Place, own: dict[int, int]) -> Place:
@@ -85,7 +152,7 @@ def _renamed(place: Place, own: dict[int, int]) -> Place:
     return replace(place, axes=axes, along=along)
 
 
-def _seated(order: Order, places: tuple[Place, ...]) -> Order | None:
+def seated(order: Order, places: tuple[Place, ...]) -> Order | None:
     """The order in which a span along the cache's first axis is the batch, along its last the
     sequence; None when there is no such order."""
     batch, sequence = order

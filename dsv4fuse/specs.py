@@ -16,6 +16,8 @@ from dsv4fuse.trace import ROWS
 
 F32 = torch.float32
 NARROW = (torch.bfloat16, torch.float16)
+# cast, weight, product, cast, quotient, sum, exp: how deep in a SwiGLU its exp lies at most
+SILU_DEPTH = 7
 Arguments = tuple[tuple[str, object], ...]
 
 
@@ -65,17 +67,21 @@ def _rope(inverse: bool):  # noqa: ANN202
 
 def _swiglu(node: fx.Node, root: Term) -> Iterator[Spec]:
     width = lanes(node)
-    if width is None or root.op not in ("mul", "cast"):
+    gates = any(t.op == "div" and t.args[1].op == "add" for t in _walk(root, 8))
+    if width is None or root.op not in ("mul", "cast") or not gates:
         return
+    inner = {t.op for t in _walk(root, SILU_DEPTH)}
+    if "exp" not in inner:
+        return  # a product far behind some exp: each try costs a trace
     out = node.meta["val"].dtype
     for x in dict.fromkeys((out, *NARROW)) if out == F32 else (out,):
         for weight in (None, *dict.fromkeys((F32, x))):
-            for rounding in ("once", "silu"):
+            for rounding in ("once",) if root.op == "cast" else ("silu", "once"):
                 holes = [(Hole("gate", (ROWS, width)), x), (Hole("up", (ROWS, width)), x)]
                 if weight is not None:
                     holes.append((Hole("weight", (ROWS, 1), weight == F32), weight))
                 arguments = (("rounding", rounding),)
-                for round_limit in (True, False):
+                for round_limit in (True, False) if "minimum" in inner else ():
                     yield Spec(tuple(holes), ("limit",), arguments, round_limit)
                 yield Spec(tuple(holes), (), (("limit", None), *arguments))
 

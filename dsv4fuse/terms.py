@@ -12,6 +12,7 @@ op        args                  meaning
 ========  ====================  =====================================================
 load      (node, map)           element ``map`` of a node's value: a leaf
 const     (value,)              a Python scalar
+coord     (index,)              the number that an index of the coordinates is
 cat       (coord, sizes, *t)    pieces along a coordinate, each in its own local one
 lace      (coord, size, *t)     interleaved lanes: c reads branch c % n at c // n < size
 fold      (how, term, axes,     a reduction (mean, sum, amax) of a term over axes of

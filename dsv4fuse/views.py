@@ -158,6 +158,14 @@ def _constant(low: Lowering, value: Any, dtype: torch.dtype) -> Term:
     return low.interner.const(torch.tensor(value, dtype=dtype).item())
 
 
+@means(prims.iota.default)
+def _iota(low: Lowering, node: fx.Node, m: Map) -> Value:
+    start, step = (node.kwargs[name] for name in ("start", "step"))
+    if not (isinstance(start, int) and isinstance(step, int)):
+        raise Opaque
+    return low.interner.make("coord", (maps.affine(m[0], start, step),), node.meta["val"].dtype)
+
+
 @means(aten.pow.Scalar)
 def _exp2(low: Lowering, node: fx.Node, m: Map) -> Value:
     """2 ** x; other functions of the maths library may differ in the last bit."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from dsv4fuse import maps
 from dsv4fuse.lower import Opaque
 from dsv4fuse.views import argument, shape_of, slice_range
 
 aten = torch.ops.aten
+SHAPES = (aten.view.default, aten.reshape.default)
 Axes = tuple[int | None, ...]
 
 
@@ -41,7 +43,7 @@ class Write:
 
     node: fx.Node
     cache: fx.Node
-    places: tuple[Place, ...]  # the cache's axes in front of the lanes
+    places: tuple[Place, ...]  # the cache's axes in front of the lanes; one for its rows in all
     value: fx.Node
     home: fx.Node  # the copy_ that brings the final version home
 
@@ -57,14 +59,30 @@ def written(graph: fx.Graph) -> Iterator[Write]:
                     yield found
 
 
+def written_twice(graph: fx.Graph) -> Iterator[tuple[Write, Write]]:
+    """Pairs of writes to slices, one on top of the other, that go home together."""
+    for home in graph.nodes:
+        if home.op != "call_function" or home.target is not aten.copy_.default:
+            continue
+        cache, node = home.args[:2]
+        before = node.args[0] if isinstance(node, fx.Node) and node.args else None
+        if cache.op not in ("placeholder", "get_attr") or not isinstance(before, fx.Node):
+            continue
+        if {node.target, before.target} != {aten.slice_scatter.default}:
+            continue
+        first, second = _write(before, cache, home), _write(node, before, home)
+        if first is not None and second is not None:
+            yield first, replace(second, cache=cache)
+
+
 def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
     """The write that made this version of the cache, if it is one that rows describe."""
-    if node.target in (aten.view.default, aten.reshape.default):
-        return None  # a write through another shape: paged caches are indexed by page and row
-    rank = len(shape_of(cache))
-    whole = tuple(Place(along=k) for k in range(rank - 1))
+    made, base = (node, cache) if node.target not in SHAPES else (node.args[0], _flat(node, cache))
+    if base is None:
+        return None
+    whole = tuple(Place(along=k) for k in range(len(shape_of(base)) - 1))
     try:
-        read = _read(node, cache, whole)
+        read = _read(made, base, whole)
     except Opaque:
         return None
     if read is None:
@@ -73,6 +91,15 @@ def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
     if len(shape_of(value)) < 1 or shape_of(value)[-1] != shape_of(cache)[-1]:
         return None
     return Write(node, cache, places, value, home)
+
+
+def _flat(node: fx.Node, cache: fx.Node) -> fx.Node | None:
+    """The ``[P · N, D]`` view of a ``[P, N, D]`` cache whose new version ``node`` shows."""
+    base = node.args[0].args[0] if node.args[0].args else None
+    if not isinstance(base, fx.Node) or base.target not in SHAPES or base.args[0] is not cache:
+        return None
+    (*lead, lanes), found = shape_of(cache), shape_of(base)
+    return base if len(lead) == 2 and found == (maps.product(lead), lanes) else None
 
 
 def _read(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
@@ -87,6 +114,8 @@ def _read(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | Non
         places = list(whole)
         places[axis] = Place(index=index, axes=(axis,))
         return tuple(places), value
+    if node.target is aten.scatter.src:
+        return _scatter(node, base, whole)
     if node.target is aten.copy.default and _alike(node.args[0], base):
         return whole, node.args[1]
     if node.target is aten.slice_scatter.default:
@@ -126,6 +155,22 @@ def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
     if missing < 0 or any(a < missing for a in named):
         return None
     return tuple(_shifted(p, missing) for p in places), value
+
+
+def _scatter(node: fx.Node, base: fx.Node, whole: tuple[Place, ...]) -> tuple | None:
+    """A scatter of whole rows: its index is one number per row, expanded over the lanes."""
+    target, axis, index, value = node.args
+    axis %= len(whole) + 1
+    rows = index.args[0] if index.target is aten.expand.default else None
+    if not _alike(target, base) or axis == len(whole) or rows is None:
+        return None
+    shape = shape_of(rows)
+    if shape[-1] != 1 or shape_of(index) != shape_of(value) or len(shape) != len(whole) + 1:
+        return None
+    axes = tuple(None if n == 1 else k for k, n in enumerate(shape))
+    places = list(whole)
+    places[axis] = Place(index=rows, axes=axes)
+    return tuple(places), value
 
 
 def _shifted(place: Place, by: int) -> Place:

@@ -4,8 +4,7 @@
     python examples/hf_deepseek_v4.py --size flash --layers 4 --experts 8           # on a GPU
     python examples/hf_deepseek_v4.py --model path/of/a/checkpoint                  # on a GPU
 
-A prefill without a cache: ``DynamicCache`` grows by a concatenation per step, which is a new
-graph each time. See quickstart.py for decode steps on caches that are written in place.
+A prefill without a cache. See hf_generate.py for ``generate`` with one.
 """
 
 from __future__ import annotations
@@ -63,8 +62,10 @@ def arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> DeepseekV4ForCausalLM:
-    """bf16 on a GPU; fp32 on a CPU, where not every machine can do bf16 matrix products."""
+    """bf16 on a GPU; fp32 on a CPU, where not every machine can do bf16 matrix products.
+    ``args.dtype`` may ask for another."""
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    dtype = getattr(args, "dtype", None) or dtype
     if args.model:
         model = DeepseekV4ForCausalLM.from_pretrained(args.model, dtype=dtype)
     else:

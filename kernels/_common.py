@@ -30,7 +30,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NORMS = {"none": 0, "once": 1, "rstd": 2, "weight": 3, "every": 4}
 SCALES = {"fp32": 0, "pow2": 1, "e8m0": 2}
 
-# --------------------------------------------------------------------------- device side
 @triton.jit
 def mul_rn(a, b):
     """The fp32 product, rounded: never contracted into an FMA with a later sum."""
@@ -209,6 +208,12 @@ def rotate(even, odd, cos, sin, inside, EVERY: tl.constexpr, EXACT: tl.constexpr
 
 
 @triton.jit
+def long(count):
+    """A size or stride as int64: where torch looks for what a kernel writes, it is a plain int."""
+    return tl.cast(count, tl.int64)
+
+
+@triton.jit
 def batch_and_position(token, length, FLAT: tl.constexpr):
     """(b, s) of a flat token index, int64. FLAT: 1 = one batch row, 2 = one position, 0 = both."""
     if FLAT == 1:
@@ -220,7 +225,6 @@ def batch_and_position(token, length, FLAT: tl.constexpr):
     return b.to(tl.int64), s.to(tl.int64)
 
 
-# ----------------------------------------------------------------------------- host side
 @dataclass(frozen=True)
 class Config:
     """A launch shape: rows (or tokens) per program, warps, columns per program where it tiles."""

@@ -1,184 +1,54 @@
-"""RMSNorm → rope [→ fp8 fake-quant → cache write], for q and kv in one launch.
+"""RMSNorm → rope [→ fp8 → cache write], for q and kv in one launch.
 
 Math, per row x of D elements (a head of q, or a token of kv), R = 2 * cos.shape[-1]:
 ``y = rope(rms_norm(x, weight, eps), cos, sin)`` with rope on the trailing R elements as
 interleaved pairs, as ``dsv4fuse.atoms`` defines both. For kv then optionally
-``y[:D-R] = fake_quant(y[:D-R])`` and ``cache[seq, slot] = y``.
+``y[:D-R] = fake_quant(y[:D-R])`` and ``cache[seq, slot] = y``, or y as bytes into the cache.
 
 Shapes   q ``[B,S,H,D]``, kv ``[B,S,D]`` (one may be None), cos and sin ``[B,S,R/2]``; D a
-         multiple of 16 up to 1024; cache ``[N,D]`` or ``[P,N,D]``; slot, seq ``[B,S]``.
+         multiple of 16 up to 1024; cache ``[N,D]`` or ``[P,N,D]``; slot, seq ``[B,S]``. One
+         axis more in front of q or kv: partial results of a split product, up to 16, summed
+         in fp32 as they are loaded and rounded to ``sum_dtype`` (None: their own dtype).
 Dtypes   q, kv bf16, fp16 or fp32; cos and sin fp32 or a 16-bit float; weights any of these;
          the cache has kv_out's dtype; slot and seq int32 or int64.
 Strides  any, 0 included; q, kv and cache have last stride 1, cos and sin need not (the real
          view of complex frequencies has 2). Offsets are 64-bit.
 Output   x.dtype, or the promotion with the weight where PyTorch multiplies after rounding
          ("rstd", "weight", "every"). q_out ``[B,S,H,D]``, dense in that order or, for
-         q_heads_first, as ``[B,H,S,D]``. kv_out ``[B,S,D]`` dense.
+         q_heads_first, as ``[B,H,S,D]``. kv_out ``[B,S,D]`` dense, of shape [0] for keep_kv=False.
 Rounding q_norm, kv_norm: "none" or a ``rounding`` of ``atoms.rms_norm``; the normed value is
          rounded before rope; rope_rounding as ``atoms.rope``. ``precise``: fp32 from the load
-         to the one store, whatever those names say. Fake-quant reads the rounded value.
+         to the one store, whatever those names say. Quantised is the rounded value.
 Slots    row (b, s) goes to ``cache[seq[b,s], slot[b,s]]``, by default seq_start + b and
-         slot_start + s. A negative index wraps around once as in Python (wrap=True) or skips
-         the write (wrap=False; kv_out is still written). An index past the end is skipped. Two
-         rows with one target: one of them, unspecified.
+         slot_start + s; for flat_slot to row ``slot[b,s]`` of ``cache.view(-1, D)``, whether or
+         not there is such a view. A negative index wraps around once as in Python (wrap=True) or
+         skips the write (wrap=False; kv_out is still written). An index past the end is skipped.
+         Two rows with one target: one of them, unspecified.
+Bytes    norm_rope_cache_fp8: cache uint8 ``[P, bytes]``, page ``slot // page_size``. A row is
+         D-R e4m3 codes and R bf16 (448 + 128 bytes), its scales D/group e8m0 bytes (7, and 1 of
+         zero padding). layout "page": the rows of a page, then their scales (what sparse
+         attention kernels read); "row": each row's scales behind it (584 bytes). kv_out is not
+         quantised. Bytes that no slot names keep their value.
 Source   ATOM PR #704, item 1 (norm, rope and window-cache write for q and kv in one launch).
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
-from ._common import INTERPRETED, Config
-from ._rows import norm_rope_kernel
-
-# Rows (heads) per program by token count. One warp holds a 512-row in 16 registers a lane and
-# reduces without shared memory; few tokens want every row in a program of its own (latency),
-# many want a second row in flight per warp (bandwidth).
-CONFIGS: tuple[tuple[int | None, Config], ...] = (
-    (32, Config(rows=1, warps=1)),
-    (None, Config(rows=2, warps=1)),
-)
+from ._norm_rope import Packed, allocate, check, launch, summed
+from ._norms import out_dtype
 
 
-def out_dtype(x: Tensor, weight: Tensor | None, norm: str) -> torch.dtype:
-    """What PyTorch's promotion gives: the weight counts where it multiplies a rounded value."""
-    if weight is None or norm in ("none", "once"):
-        return x.dtype
-    return torch.promote_types(x.dtype, weight.dtype)
-
-
-def check(q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    x = q if q is not None else kv
-    if x is None:
-        raise ValueError("norm_rope needs q, kv or both")
-    d, half = x.shape[-1], cos.shape[-1]
-    common.require(d % 16 == 0 and d <= 1024, f"head_dim {d} is not a multiple of 16 up to 1024")
-    common.require(0 < 2 * half <= d, f"rope_dim {2 * half} is not within head_dim {d}")
-    common.require(cos.dtype == sin.dtype, "cos and sin differ in dtype")
-    for t in (q, kv):
-        common.require(t is None or t.shape[-1] == d, "q and kv differ in head_dim")
-        common.require(t is None or t.dtype in common.FLOATS, "q and kv must be bf16, fp16 or fp32")
-        common.require(t is None or t.stride(-1) == 1, "the last axis of q and kv must be dense")
-    return x
-
-
-def allocate(
-    q: Tensor | None, kv: Tensor | None, q_weight: Tensor | None, kv_weight: Tensor | None,
-    q_norm: str, kv_norm: str, q_heads_first: bool, keep_kv: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The outputs, with the strides the docstring promises; what is absent has shape [0]."""
-    if q is None:
-        q_out = kv.new_empty((0,))
-    else:
-        dtype = out_dtype(q, q_weight, q_norm)
-        b, s, h, d = q.shape
-        shape = (b, h, s, d) if q_heads_first else (b, s, h, d)
-        q_out = q.new_empty(shape, dtype=dtype)
-        q_out = q_out.transpose(1, 2) if q_heads_first else q_out
-    if kv is None:
-        return q_out, q.new_empty((0,))
-    shape = tuple(kv.shape) if keep_kv else (0,)
-    return q_out, kv.new_empty(shape, dtype=out_dtype(kv, kv_weight, kv_norm))
-
-
-def _strides(t: Tensor | None, prefix: str, axes: str) -> dict[str, int | torch.SymInt]:
-    return {f"{prefix}_s{axis}": 0 if t is None else t.stride(i) for i, axis in enumerate(axes)}
-
-
-def _cache_arguments(
-    cache: Tensor | None, slot: Tensor | None, seq: Tensor | None, slot_start: int,
-    seq_start: int, wrap: bool, kv_dtype: torch.dtype, filler: Tensor,
-) -> dict[str, object]:  # fmt: skip
-    paged = cache is not None and cache.dim() == 3
-    if cache is not None:
-        common.require(cache.dtype == kv_dtype, f"the cache is {cache.dtype}, kv is {kv_dtype}")
-        common.require(cache.dim() in (2, 3), "the cache must be [N, D] or [P, N, D]")
-        common.require(cache.stride(-1) == 1, "the last axis of the cache must be dense")
-    return dict(
-        cache_ptr=filler if cache is None else cache,
-        slot_ptr=filler if slot is None else slot,
-        seq_ptr=filler if seq is None else seq,
-        pages=cache.shape[0] if paged else 1,
-        slots=1 if cache is None else cache.shape[-2],
-        cache_sp=cache.stride(0) if paged else 0,
-        cache_sn=0 if cache is None else cache.stride(-2),
-        **_strides(slot, "slot", "bs"), **_strides(seq, "seq", "bs"),
-        slot_start=slot_start, seq_start=seq_start,
-        HAS_CACHE=cache is not None, PAGED=paged, HAS_SLOT=slot is not None,
-        HAS_SEQ=seq is not None, WRAP=wrap,
-    )  # fmt: skip
-
-
-def _quant_arguments(
-    x: Tensor, nope: int, group: int, floor: float, scale: str, via: str
-) -> dict[str, object]:
-    if group:
-        common.require(nope % group == 0, f"{nope} nope dims are no multiple of {group}")
-        common.require(group & (group - 1) == 0, "quant_group must be a power of two")
-        common.require(scale in ("fp32", "pow2"), f"no scale format {scale!r} here")
-        common.require_fp8(x.device)
-    return dict(GROUP=group, FLOOR=floor, POW2=scale == "pow2", VIA_MUL=via == "mul")
-
-
-def _row_arguments(
-    x: Tensor | None, name: str, filler: Tensor, weight: Tensor | None, norm: str, eps: float,
-    every: bool, axes: str,
-) -> dict[str, object]:  # fmt: skip
-    up = name.upper()
-    return {
-        f"{name}_ptr": filler if x is None else x,
-        f"{name}_w_ptr": filler if weight is None else weight,
-        **_strides(x, name, axes), f"HAS_{up}": x is not None, f"{up}_W": weight is not None,
-        f"{up}_NORM": common.NORMS[norm], f"{up}_EPS": eps, f"{up}_EVERY": every,
-    }  # fmt: skip
-
-
-def launch(
-    q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
-    kv_weight: Tensor | None, *, q_eps: float, kv_eps: float, q_norm: str, kv_norm: str,
-    rope_rounding: str, precise: bool, q_heads_first: bool, quant_group: int,
-    quant_floor: float, quant_scale: str, via: str, inverse: bool = False,
-    cache: Tensor | None = None, slot: Tensor | None = None, seq: Tensor | None = None,
-    slot_start: int = 0, seq_start: int = 0, wrap: bool = True, keep_kv: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Allocate the outputs and launch the kernel once."""
-    x = check(q, kv, cos, sin)
-    batch, length, d, half = x.shape[0], x.shape[1], x.shape[-1], cos.shape[-1]
-    q_out, kv_out = allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
-    tokens, heads = batch * length, 1 if q is None else q.shape[2]
-    common.require_static(head_dim=d, rope_dim=half, heads=heads)
-    config = common.launch_config(CONFIGS, tokens)
-    q_programs = 0 if q is None else common.cdiv(tokens * heads, config.rows)
-    kv_programs = 0 if kv is None else common.cdiv(tokens, config.rows)
-    every = {"once": False, "every": not precise}[rope_rounding]
-    q_every, kv_every = (every and cos.dtype == out.dtype for out in (q_out, kv_out))
-    kernel = norm_rope_kernel if INTERPRETED else wrap_triton(norm_rope_kernel)
-    kernel[(q_programs + kv_programs,)](
-        **_row_arguments(q, "q", x, q_weight, q_norm, q_eps, q_every, "bsh"),
-        **_row_arguments(kv, "kv", x, kv_weight, kv_norm, kv_eps, kv_every, "bs"),
-        **_strides(None if q is None else q_out, "qo", "bsh"),
-        **_strides(cos, "cos", "bsd"), **_strides(sin, "sin", "bsd"),
-        **_cache_arguments(cache, slot, seq, slot_start, seq_start, wrap, kv_out.dtype, x),
-        **_quant_arguments(x, d - 2 * half, quant_group, quant_floor, quant_scale, via),
-        q_out_ptr=q_out, kv_out_ptr=kv_out, cos_ptr=cos, sin_ptr=sin, tokens=tokens,
-        length=length, q_programs=q_programs, D=d, BLOCK=triton.next_power_of_2(d), HALF=half,
-        HEADS=heads, ROWS=config.rows, FLAT=common.flat_mode(batch, length), INVERSE=inverse,
-        PRECISE=precise, KEEP_KV=keep_kv, num_warps=config.warps,
-    )  # fmt: skip
-    return q_out, kv_out
-
-
-def _reference_rows(
+def reference_rows(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, norm: str,
-    rope_rounding: str, precise: bool,
+    rope_rounding: str, precise: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    dtype = out_dtype(x, weight, norm)
     if precise:
         x, weight, rope_rounding = x.float(), None if weight is None else weight.float(), "once"
         norm = norm if norm == "none" else "once"
@@ -191,30 +61,43 @@ def reference(
     q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, *, q_eps: float, kv_eps: float, q_norm: str, kv_norm: str,
     rope_rounding: str, precise: bool = False, q_heads_first: bool = False,
-    quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", cache: Tensor | None = None, slot: Tensor | None = None,
-    seq: Tensor | None = None, slot_start: int = 0, seq_start: int = 0, wrap: bool = True,
-    keep_kv: bool = True,
+    sum_dtype: torch.dtype | None = None, quant_group: int = 0, quant_floor: float = 1e-4,
+    quant_scale: str = "pow2", via: str = "div", cache: Tensor | None = None,
+    slot: Tensor | None = None, seq: Tensor | None = None, slot_start: int = 0,
+    seq_start: int = 0, flat_slot: bool = False, wrap: bool = True, keep_kv: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both ops in plain PyTorch, composed of atoms; writes ``cache`` in place if given."""
     check(q, kv, cos, sin)
-    outs = allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
-    if q is not None:
-        table = cos.unsqueeze(2), sin.unsqueeze(2)
-        y = _reference_rows(q, *table, q_weight, q_eps, q_norm, rope_rounding, precise)
-        outs[0].copy_(y)
-    if kv is None:
-        return outs
-    y = _reference_rows(kv, cos, sin, kv_weight, kv_eps, kv_norm, rope_rounding, precise)
-    if quant_group:
+    outs = allocate(
+        q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, True, sum_dtype
+    )
+    sum_to = torch.float32 if precise else sum_dtype
+    for i, (x, rank, weight, eps, norm) in enumerate(
+        ((q, 4, q_weight, q_eps, q_norm), (kv, 3, kv_weight, kv_eps, kv_norm))
+    ):
+        if x is not None:
+            table = (cos, sin) if i else (cos.unsqueeze(2), sin.unsqueeze(2))
+            y = reference_rows(summed(x, rank, sum_to), *table, weight, eps, norm,
+                               rope_rounding, precise, outs[i].dtype)  # fmt: skip
+            outs[i].copy_(y)
+    if kv is not None and quant_group:
         nope = kv.shape[-1] - 2 * cos.shape[-1]
         kw = dict(group=quant_group, floor=quant_floor, scale=quant_scale, via=via)
-        y = torch.cat((atoms.fake_quant(y[..., :nope], **kw), y[..., nope:]), dim=-1)
-    if keep_kv:
-        outs[1].copy_(y)
+        outs[1][..., :nope] = atoms.fake_quant(outs[1][..., :nope], **kw)
     if cache is not None:
-        write_rows(cache, y, slot, seq, slot_start, seq_start, wrap)
-    return outs
+        if flat_slot:
+            if slot is None:
+                slot = slot_start + torch.arange(kv.shape[-2], device=kv.device)[None, :]
+            seq, slot = page_and_row(slot, cache.shape[0], cache.shape[1], wrap)
+        write_rows(cache, outs[1], slot, seq, slot_start, seq_start, wrap and not flat_slot)
+    return outs[0], outs[1] if keep_kv else outs[1].new_empty((0,))
+
+
+def page_and_row(slot: Tensor, pages: int, rows: int, wrap: bool) -> tuple[Tensor, Tensor]:
+    """(page, row in it) of slots that count through pages; −1 for what is no slot."""
+    slot = slot.long()
+    slot = torch.where(slot < 0, slot + pages * rows, slot) if wrap else slot
+    return torch.where(slot < 0, -1, slot // rows), slot % rows
 
 
 def write_rows(
@@ -247,8 +130,8 @@ def norm_rope(
     q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, *, q_eps: float, kv_eps: float, q_norm: str, kv_norm: str,
     rope_rounding: str, precise: bool = False, q_heads_first: bool = False,
-    quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div",
+    sum_dtype: torch.dtype | None = None, quant_group: int = 0, quant_floor: float = 1e-4,
+    quant_scale: str = "pow2", via: str = "div",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm and rope of q and kv, no cache: see the module's docstring."""
     run = reference if common.use_reference(cos) else launch
@@ -256,14 +139,15 @@ def norm_rope(
         q, kv, cos, sin, q_weight, kv_weight, q_eps=q_eps, kv_eps=kv_eps, q_norm=q_norm,
         kv_norm=kv_norm, rope_rounding=rope_rounding, precise=precise,
         q_heads_first=q_heads_first, quant_group=quant_group, quant_floor=quant_floor,
-        quant_scale=quant_scale, via=via,
+        quant_scale=quant_scale, via=via, sum_dtype=sum_dtype,
     )  # fmt: skip
 
 
 @norm_rope.register_fake
-def _(q, kv, cos, sin, q_weight, kv_weight, *, q_norm, kv_norm, q_heads_first=False, **_):
+def _(q, kv, cos, sin, q_weight, kv_weight, *, q_norm, kv_norm, q_heads_first=False,
+      sum_dtype=None, **_):  # fmt: skip
     check(q, kv, cos, sin)
-    return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first)
+    return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, True, sum_dtype)
 
 
 @triton_op("dsv4fuse::norm_rope_cache", mutates_args=("cache",))
@@ -271,9 +155,10 @@ def norm_rope_cache(
     q: Tensor | None, kv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, cache: Tensor, slot: Tensor | None, seq: Tensor | None, *,
     q_eps: float, kv_eps: float, q_norm: str, kv_norm: str, rope_rounding: str,
-    precise: bool = False, q_heads_first: bool = False, slot_start: int = 0,
-    seq_start: int = 0, wrap: bool = True, keep_kv: bool = True, quant_group: int = 0,
-    quant_floor: float = 1e-4, quant_scale: str = "pow2", via: str = "div",
+    precise: bool = False, q_heads_first: bool = False, sum_dtype: torch.dtype | None = None,
+    slot_start: int = 0, seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
+    keep_kv: bool = True, quant_group: int = 0, quant_floor: float = 1e-4,
+    quant_scale: str = "pow2", via: str = "div",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm and rope of q and kv, and kv's rows into the cache: see the module's docstring."""
     run = reference if common.use_reference(cos) else launch
@@ -281,16 +166,104 @@ def norm_rope_cache(
         q, kv, cos, sin, q_weight, kv_weight, q_eps=q_eps, kv_eps=kv_eps, q_norm=q_norm,
         kv_norm=kv_norm, rope_rounding=rope_rounding, precise=precise,
         q_heads_first=q_heads_first, cache=cache, slot=slot, seq=seq, slot_start=slot_start,
-        seq_start=seq_start, wrap=wrap, keep_kv=keep_kv, quant_group=quant_group,
-        quant_floor=quant_floor, quant_scale=quant_scale, via=via,
+        seq_start=seq_start, flat_slot=flat_slot, wrap=wrap, keep_kv=keep_kv,
+        quant_group=quant_group, quant_floor=quant_floor, quant_scale=quant_scale, via=via,
+        sum_dtype=sum_dtype,
     )  # fmt: skip
 
 
 @norm_rope_cache.register_fake
 def _(q, kv, cos, sin, q_weight, kv_weight, cache, slot, seq, *, q_norm, kv_norm,
-      q_heads_first=False, keep_kv=True, **_):  # fmt: skip
+      q_heads_first=False, keep_kv=True, sum_dtype=None, **_):  # fmt: skip
     check(q, kv, cos, sin)
-    return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv)
+    return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv, sum_dtype)
+
+
+def layout_of(
+    cache: Tensor, kv: Tensor, cos: Tensor, page_size: int, layout: str, group: int
+) -> Packed:
+    """Where the bytes of a row go; raises ValueError if they do not fit the cache."""
+    d, nope = kv.shape[-1], kv.shape[-1] - 2 * cos.shape[-1]
+    flat = cache.dtype == torch.uint8 and cache.dim() == 2
+    common.require(flat, "the cache must be uint8 [P, bytes]")
+    common.require(cache.stride(1) == 1, "the bytes of a page must be dense")
+    common.require(layout in ("page", "row"), f"no layout {layout!r} here")
+    common.require(d % group == 0 and nope % group == 0, f"{nope} of {d} dims are not in {group}s")
+    data, scales = nope + 2 * (d - nope), d // group
+    row = data + scales
+    fits = cache.shape[1] >= page_size * row and cache.stride(0) % 2 == 0
+    common.require(fits, f"a page needs an even number of bytes, {page_size * row} at least")
+    if layout == "page":
+        return Packed(page_size, data, page_size * data, scales, data)
+    common.require(row % 2 == 0, f"rows of {row} bytes put bf16 on odd addresses")
+    return Packed(page_size, row, data, row, data)
+
+
+def packed_rows(rows: Tensor, packed: Packed, group: int, floor: float, via: str) -> Tensor:
+    """bf16 rows ``[B,S,D]`` as bytes: codes, the rest in bf16, scale bytes, zeros."""
+    d = rows.shape[-1]
+    nope = 2 * d - packed.data
+    kw = dict(group=group, floor=floor, scale="pow2", via=via)
+    codes, scales = atoms.group_quant(rows[..., :nope], **kw)
+    tail = rows[..., nope:].contiguous().view(torch.uint8)
+    byte = scales.to(torch.float8_e8m0fnu).view(torch.uint8)
+    pad = byte.new_zeros(*byte.shape[:-1], d // group - byte.shape[-1])
+    return torch.cat((codes.view(torch.uint8), tail, byte, pad), -1)
+
+
+def write_packed(
+    cache: Tensor, rows: Tensor, slot: Tensor, packed: Packed, wrap: bool = False
+) -> None:
+    """The bytes of each row to its page, through a spare one for what has no slot."""
+    pages = cache.shape[0]
+    page, at = page_and_row(slot, pages, packed.page, wrap)
+    page = torch.where((page < 0) | (page >= pages), pages, page).reshape(-1, 1)
+    at = at.reshape(-1, 1)
+    flat = torch.cat((cache, torch.zeros_like(cache[:1])))
+    data = packed.data
+    for piece, start, step in (
+        (rows[..., :data], 0, packed.row), (rows[..., data:], packed.scales, packed.step)
+    ):  # fmt: skip
+        lanes = torch.arange(piece.shape[-1], device=cache.device)
+        flat.index_put_((page, start + at * step + lanes), piece.reshape(-1, piece.shape[-1]))
+    cache.copy_(flat[:-1])
+
+
+@triton_op("dsv4fuse::norm_rope_cache_fp8", mutates_args=("cache",))
+def norm_rope_cache_fp8(
+    q: Tensor | None, kv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+    kv_weight: Tensor | None, cache: Tensor, slot: Tensor, *, page_size: int, q_eps: float,
+    kv_eps: float, q_norm: str, kv_norm: str, rope_rounding: str, precise: bool = False,
+    q_heads_first: bool = False, sum_dtype: torch.dtype | None = None, layout: str = "page",
+    wrap: bool = False, keep_kv: bool = False, group: int = 64, floor: float = 1e-4,
+    via: str = "div",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Norm and rope of q and kv, and kv's rows as fp8 bytes into a paged cache: see above."""
+    packed = layout_of(cache, kv, cos, page_size, layout, group)
+    check(q, kv, cos, sin)
+    dtype = out_dtype(kv.dtype if kv.dim() == 3 else sum_dtype or kv.dtype, kv_weight, kv_norm)
+    common.require(dtype == torch.bfloat16, f"the rows' tail is bf16, kv is {dtype}")
+    kw = dict(q_eps=q_eps, kv_eps=kv_eps, q_norm=q_norm, kv_norm=kv_norm,
+              rope_rounding=rope_rounding, precise=precise, q_heads_first=q_heads_first,
+              sum_dtype=sum_dtype)  # fmt: skip
+    if common.use_reference(cos):
+        outs = reference(q, kv, cos, sin, q_weight, kv_weight, **kw)
+        rows = packed_rows(outs[1], packed, group, floor, via)
+        write_packed(cache, rows, slot, packed, wrap)
+        return outs[0], outs[1] if keep_kv else outs[1].new_empty((0,))
+    return launch(
+        q, kv, cos, sin, q_weight, kv_weight, **kw, cache=cache, slot=slot, flat_slot=True,
+        wrap=wrap, keep_kv=keep_kv, packed=packed, quant_group=group, quant_floor=floor,
+        quant_scale="pow2", via=via,
+    )  # fmt: skip
+
+
+@norm_rope_cache_fp8.register_fake
+def _(q, kv, cos, sin, q_weight, kv_weight, cache, slot, *, page_size, q_norm, kv_norm,
+      q_heads_first=False, sum_dtype=None, layout="page", keep_kv=False, group=64, **_):
+    check(q, kv, cos, sin)
+    layout_of(cache, kv, cos, page_size, layout, group)
+    return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, keep_kv, sum_dtype)
 
 
 def traffic(q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, *,

@@ -19,10 +19,10 @@ FLOATS = (BF16, FP16, FP32)
 
 OPS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg,
-    "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log2": torch.log2,
+    "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2,
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal,
     "sigmoid": torch.sigmoid, "where": torch.where, "ceil": torch.ceil, "floor": torch.floor,
-    "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
+    "eq": torch.eq, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
 }  # fmt: skip
 
 

@@ -48,6 +48,15 @@ def install() -> None:
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         return cast_impl(self, src, dst_type)
 
+    product = builder.create_dot
+
+    def create_dot(self, a, b, d, *rest):
+        def wide(x):  # NumPy would multiply the bits of a bf16 as integers
+            return self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+        return product(self, wide(a), wide(b), d, *rest)
+
     builder.cast_impl = cast_impl
+    builder.create_dot = create_dot
     builder.create_fp_to_fp = create_fp_to_fp
     np.seterr(all="ignore")

@@ -271,3 +271,46 @@ def test_chain_of_views_behind_a_symbolic_batch(data):
         return x.clone()
 
     check(fn, *_batches(), symbolic=True)
+
+
+def _assigned(x: Tensor) -> Tensor:
+    """Rows of x in a larger tensor, its first left as it was."""
+    out = x.new_zeros((x.shape[0] + 1, *x.shape[1:]))
+    out[1:] = x
+    return out
+
+
+# Reads of joined rows that stay in one piece: they go on to that piece.
+JOINED: dict[str, Step] = {
+    "a piece of a cat": lambda x: torch.cat((x, x + 1), dim=0)[1:3],
+    "the second piece": lambda x: torch.cat((x[2:] * 2, x), dim=0)[2:],
+    "a middle axis": lambda x: torch.cat((x[:, :1], x[:, 2:]), dim=1)[:, 1:, ::2].transpose(0, 2),
+    "rows assigned": lambda x: _assigned(x)[1:, :, 3:],
+    "a row assigned": lambda x: x.select_scatter(x[0], 0, 2)[2],
+    "two assignments": lambda x: _assigned(_assigned(x)[1:].transpose(0, 1))[1:].flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_rows_of_a_join(name):
+    x = torch.arange(60).view(4, 5, 3)
+    assert check(lambda x: JOINED[name](x).clone(), x, x, symbolic=False)
+
+
+@pytest.mark.parametrize("name, fn", [("cat", lambda x: torch.cat((x, x))[1:6]),
+                                      ("assigned", lambda x: _assigned(x)[:2])])  # fmt: skip
+def test_rows_of_two_pieces_are_a_new_tensor(name, fn):
+    x = torch.arange(60).view(4, 5, 3)
+    assert not check(lambda x: fn(x).clone(), x, x, symbolic=False)
+
+
+@pytest.mark.parametrize("start, step, size", [(0, 1, 5), (-7, 1, 8), (3, 4, 6)])
+def test_an_iota_is_a_number_of_its_coordinate(start, step, size):
+    fn = lambda x: torch.arange(start, start + step * size, step)[1:].view(-1, 1)  # noqa: E731
+    gm = make_fx(dispatch_functionalize(fn), select_decomp_table())(torch.zeros(1))
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    term = Lowering().term(output)
+    assert term.op == "coord"
+    (index,) = term.args
+    numbers = [index.offset + sum(s * c for s, _ in index.terms) for c in range(size - 1)]
+    assert numbers == fn(torch.zeros(1)).flatten().tolist()

@@ -118,7 +118,7 @@ def test_no_init_where_it_would_shadow(checkout):
 def test_wheel_holds_everything_and_nothing_else(source, wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {n for n in names if n.endswith(".py")}
-    expected = {f"dsv4fuse/{p.name}" for p in (source / "dsv4fuse").glob("*.py")}
+    expected = {p.relative_to(source).as_posix() for p in (source / "dsv4fuse").rglob("*.py")}
     for name in ("kernels", "patterns"):
         expected |= {f"dsv4fuse/{name}/{p.name}" for p in (source / name).glob("*.py")}
     assert modules == expected

@@ -15,8 +15,13 @@ SIZES, N_LAYERS = Sizes(), 2
 EXPECTED = {
     "norm_rope_cache": N_LAYERS,
     "clamp_swiglu_quant": N_LAYERS * (SIZES.n_experts + 1),
-    "inv_rope_quant": N_LAYERS,
 }
+# The product with the rotated output only where sums are rounded: fp32 sums keep their order.
+TURNED = {torch.bfloat16: "inv_rope_grouped_bmm", torch.float32: "inv_rope_quant"}
+
+
+# Each compiles eight graphs; the other combinations wait for make test-long.
+SOON, LONG = {("bf16", "given", 19), ("fp32", "cut inside", 6)}, pytest.mark.long
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,8 @@ def run(model, forward, length, table, steps=3):
 
 
 def compiled(model):
-    options = {"select": "always", "inner": "eager", "expect": EXPECTED}
+    expect = EXPECTED | {TURNED[model.head.weight.dtype]: N_LAYERS}
+    options = {"select": "always", "inner": "eager", "expect": expect}
     return torch.compile(model, backend=backend.dsv4fuse, options=options, fullgraph=True)
 
 
@@ -65,9 +71,15 @@ def close(found, wanted, near):
 
 # Shorter than the window, so that a decode comes round; longer, so that the prefill's write wraps
 # and is two. An int position makes each row of the ring a graph of its own.
-@pytest.mark.parametrize("length", [6, 19])
-@pytest.mark.parametrize("table", ["given", "cut inside"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, table, length",
+    [
+        pytest.param(d, t, n, id=f"{name}-{t}-{n}", marks=[] if (name, t, n) in SOON else LONG)
+        for d, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
+        for t in ("given", "cut inside")
+        for n in (6, 19)
+    ],
+)
 def test_prefill_and_decode(dtype, table, length):
     eager, ours, bare = build(dtype), build(dtype), build(dtype)
     unfused = torch.compile(bare, backend="aot_eager_decomp_partition", fullgraph=True)

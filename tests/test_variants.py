@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dsv4fuse.kernels import _common as common
 
 from dsv4fuse import backend, fusion
 
 SMALL = fusion.Sizes(heads=4, groups=2, inter=256)
 VARIANTS = [(f, v) for f, made in fusion.registry().items() for v in made.examples]
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    """As in test_spellings: the kernels have tests of their own, with the interpreter's exp."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -23,5 +30,10 @@ def test_taken_as_one_site(name, variant, tokens):
     found, wanted = (
         [x] if isinstance(x, torch.Tensor) else list(x) for x in (found, wanted)
     )
-    for a, b in zip([*found, *ours], [*wanted, *theirs], strict=True):
-        assert torch.equal(a.float(), b.float())
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b), "an input was written, or a cache was written otherwise"
+    for a, b in zip(found, wanted, strict=True):
+        # With slack, sums have another order: a result's rounding may turn as well.
+        step = 2 * torch.finfo(a.dtype).eps + made.slack if made.slack else 0.0
+        off = (a.double() - b.double()).abs()
+        assert (off <= step * b.double().abs().amax(-1, keepdim=True)).all()

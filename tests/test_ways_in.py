@@ -130,6 +130,26 @@ def test_expect_and_strict_are_errors_that_say_why():
     assert caught.value.report.with_status("near-miss")
 
 
+@torch.no_grad()
+def test_a_mode_of_torch_compile_reaches_inductor(monkeypatch):
+    from torch._inductor import compile_fx
+
+    patches = []
+
+    def spy(gm, inputs, config_patches):
+        patches.append(config_patches)
+        return gm
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spy)
+    for mode in (None, "reduce-overhead"):
+        torch.compile(swiglu, backend=backend.dsv4fuse, mode=mode)(*inputs())
+        torch._dynamo.reset()
+    without, reduced = patches
+    assert without.keys() == {"joint_custom_pre_pass"}
+    assert reduced.keys() == {"joint_custom_pre_pass", "triton.cudagraphs"}
+    assert reduced["triton.cudagraphs"] is True
+
+
 def test_explain_compiles_nothing_that_stays():
     report = dsv4fuse.explain(swiglu, *inputs(), options={"select": "always"})
     assert taken(report) and "test_ways_in.py" in report.sites[0].where

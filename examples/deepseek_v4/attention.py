@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import RMSNorm, Rope, Step, apply_rope, unit_norm
-from .compressor import Compressor, Indexer, ring_slot
+from .compressor import Compressor, Indexer, ring_positions, ring_slot
 from .config import Config
 
 
@@ -73,8 +73,6 @@ class Attention(nn.Module):
         q = self.q_b_proj(q_latent).unflatten(-1, (self.n_heads, -1))
         q = apply_rope(unit_norm(q, self.eps), cos_h, sin_h)
         kv = apply_rope(self.kv_norm(self.kv_proj(x)), cos, sin)
-        self.window[step.rows, ring_slot(step.positions, self.ring)] = kv
-
         keys, mask = self.near(kv, step)
         if self.compressor is not None:
             entries, seen = self.far(x, q_latent, rope, step)
@@ -92,14 +90,18 @@ class Attention(nn.Module):
 
     def near(self, kv: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The window's keys ``[B, 1, T, D]`` and who sees them ``[B, S, T]``: the prompt's own
-        rows in prefill, the ring in decode."""
-        if step.prefill:
-            held = step.positions
-        else:
-            kv = self.window[:, :-1]
-            last = step.positions.amax(dim=1, keepdim=True)
-            held = last - (last - torch.arange(self.ring, device=last.device)) % self.ring
-        return kv.unsqueeze(1), window_mask(step.positions, held, self.window_size)
+        rows in prefill, behind the ring before them if there is a past; the ring in decode.
+        Writes kv ``[B, S, D]`` into the ring."""
+        keys, held = kv, step.positions
+        if step.past:
+            keys = torch.cat((self.window[:, :-1], kv), dim=1)
+            before = ring_positions(step.positions[:, :1] - 1, self.ring)
+            held = torch.cat((before, held), dim=1)
+        self.window[step.rows, ring_slot(step.positions, self.ring)] = kv
+        if not step.prefill:
+            keys = self.window[:, :-1]
+            held = ring_positions(step.positions.amax(dim=1, keepdim=True), self.ring)
+        return keys.unsqueeze(1), window_mask(step.positions, held, self.window_size)
 
     def far(self, x: Tensor, q_latent: Tensor, rope: Rope, step: Step) -> tuple[Tensor, Tensor]:
         """The compressed keys ``[B, 1 or S, T, D]`` and who sees them ``[B, S, T]``.

@@ -17,7 +17,8 @@ class Step(NamedTuple):
     tokens: Tensor  # [B, S] int64
     positions: Tensor  # [B, S] int64, −1 = padding
     rows: Tensor  # [B, 1] int64, 0 … B−1: indexes the batch axis of a cache
-    prefill: bool  # the whole prompt from position 0, against a few tokens on top of the caches
+    prefill: bool  # a prompt or a chunk of it, against a few tokens on top of the caches
+    past: bool  # of a prefill: on top of the caches; or else from position 0
 
 
 def unit_norm(x: Tensor, eps: float) -> Tensor:

@@ -24,6 +24,17 @@ def ring_slot(positions: Tensor, ring: int) -> Tensor:
     return torch.where(kept, positions % ring, ring)
 
 
+def ring_positions(last: Tensor, ring: int) -> Tensor:
+    """Which positions a ring of ``ring`` rows holds after position ``last`` ``[B, 1]``, negative
+    for none: ``[B, ring]``."""
+    return last - (last - torch.arange(ring, device=last.device)) % ring
+
+
+def behind_ring(positions: Tensor, start: Tensor, ring: int) -> Tensor:
+    """Where positions are in ``cat((ring, rows from position start on))``. Shapes as broadcast."""
+    return torch.where(positions < start, positions % ring, ring + positions - start)
+
+
 class Compressor(nn.Module):
     """Pools each ``ratio`` tokens into one entry: a softmax over the window, per channel.
 
@@ -55,32 +66,46 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
         """x ``[B, S, hidden]``; returns the entries ``[B, T, head_dim]`` so far: those of the
-        prompt in prefill, the cache in decode. Entry t is complete from position
+        prompt where it starts here, or else the cache. Entry t is complete from position
         ``(t + 1) · ratio − 1`` on; what is behind that must be masked."""
         kv = self.kv_proj(x)
         gate = self.gate_proj(x) + self.position_bias[step.positions % self.ratio]  # fp32
+        if step.past:  # as the rings are before this chunk
+            before = self.kv_state[:, :-1].clone(), self.gate_state[:, :-1].clone()
         slot = ring_slot(step.positions, self.ring)
         self.kv_state[step.rows, slot] = kv
         self.gate_state[step.rows, slot] = gate
 
-        # ends [B, N]: position of the last token of each window that closes here, or −1.
-        rows = step.rows.unsqueeze(-1)
-        if step.prefill:
-            ends = step.positions[:, self.ratio - 1 :: self.ratio]
-            span = self.span(ends)
+        ends = self.ends(step)
+        span = self.span(ends)
+        if step.past:
+            kv, gate = torch.cat((before[0], kv), dim=1), torch.cat((before[1], gate), dim=1)
+            held = behind_ring(span, step.positions[:, :1, None], self.ring)
+        elif step.prefill:
             held = span.clamp(min=0)
         else:
-            closes = (step.positions + 1) % self.ratio == 0
-            ends = torch.where(closes, step.positions, -1)
-            span = self.span(ends)
             held, kv, gate = span % self.ring, self.kv_state, self.gate_state
+        rows = step.rows.unsqueeze(-1)
         cos, sin = rope(ends - (self.ratio - 1))
         pooled = self.pool(kv[rows, held], gate[rows, held], span)
         entry = apply_rope(self.kv_norm(pooled), cos, sin)
 
         spare = self.entries.shape[1] - 1
         self.entries[step.rows, torch.where(ends >= 0, ends // self.ratio, spare)] = entry
-        return entry if step.prefill else self.entries[:, :-1]
+        return entry if step.prefill and not step.past else self.entries[:, :-1]
+
+    def ends(self, step: Step) -> Tensor:
+        """``[B, N]``: position of the last token of each window that closes here, or −1."""
+        if not step.prefill:
+            closes = (step.positions + 1) % self.ratio == 0
+            return torch.where(closes, step.positions, -1)
+        if not step.past:
+            return step.positions[:, self.ratio - 1 :: self.ratio]
+        start, last = step.positions[:, :1], step.positions.amax(dim=1, keepdim=True)
+        n = -(-step.positions.shape[1] // self.ratio)  # that many may close, if they lie so
+        every = torch.arange(n, device=start.device)
+        ends = (start // self.ratio + every + 1) * self.ratio - 1
+        return torch.where(ends <= last, ends, -1)
 
     def span(self, ends: Tensor) -> Tensor:
         """ends ``[B, N]``; the positions ``[B, N, width]`` an entry pools, negative before the

@@ -23,6 +23,11 @@ from .hyper import HyperConnection, HyperHead
 from .moe import MoE
 
 
+def column(streams: Tensor, at: Tensor) -> Tensor:
+    """streams ``[B, S, hc_mult, D]``, at ``[B, 1]``; each row's column ``[B, 1, hc_mult, D]``."""
+    return streams.gather(1, at[..., None, None].expand(-1, -1, *streams.shape[2:]))
+
+
 class Block(nn.Module):
     """A decoder layer: attention, then experts, each inside its hyper-connection."""
 
@@ -99,48 +104,65 @@ class Transformer(nn.Module):
             if isinstance(module, Attention | Compressor):
                 module.allocate(batch, max_len, next_n)
 
-    def streams(self, tokens: Tensor, positions: Tensor, prefill: bool) -> Tensor:
+    def streams(
+        self, tokens: Tensor, positions: Tensor, prefill: bool, past: bool = False
+    ) -> Tensor:
         """The residual streams ``[B, S, hc_mult, D]`` behind the last layer."""
         if not prefill and tokens.shape[1] > self.next_n:
             raise ValueError(f"{tokens.shape[1]} tokens in a step, allocated for {self.next_n}")
-        step = self.step(tokens, positions, prefill)
+        step = self.step(tokens, positions, prefill, past)
         x = self.embed_tokens(tokens).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         for layer in self.layers:
             x = layer(x, self.ropes, step)
         return x
 
-    def step(self, tokens: Tensor, positions: Tensor, prefill: bool) -> Step:
+    def step(self, tokens: Tensor, positions: Tensor, prefill: bool, past: bool) -> Step:
         rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(-1)
-        return Step(tokens, positions, rows, prefill)
+        return Step(tokens, positions, rows, prefill, past)
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams ``[B, S, hc_mult, D]`` → ``[B, S, vocab]``."""
         return self.lm_head(self.norm(self.hc_head(streams)))
 
-    def forward(self, tokens: Tensor, positions: Tensor, prefill: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, prefill: bool = False, past: bool = False
+    ) -> Tensor:
         """tokens, positions ``[B, S]`` int64 → logits ``[B, S, vocab]``.
 
-        A prefill takes whole prompts from position 0, padded on the right; a decode takes the
-        next 1 … next_n tokens. Padding has position −1 and touches no cache; its logits mean
-        nothing. A row that is all padding keeps its caches as they were.
+        A prefill takes whole prompts from position 0, padded on the right, or with ``past`` any
+        number of next tokens of each row, padded likewise; a decode takes the next 1 … next_n
+        tokens. Padding has position −1 and touches no cache; its logits mean nothing. A row that
+        is all padding keeps its caches as they were.
         """
-        return self.logits(self.streams(tokens, positions, prefill))
+        return self.logits(self.streams(tokens, positions, prefill, past))
 
-    def prefill(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Like forward, but only the logits of each prompt's last token, ``[B, vocab]``."""
-        streams = self.streams(tokens, positions, True)
-        last = positions.argmax(dim=1).view(-1, 1, 1, 1).expand(-1, 1, *streams.shape[2:])
-        return self.logits(streams.gather(1, last)).squeeze(1)
+    def prefill(self, tokens: Tensor, positions: Tensor, past: bool = False) -> Tensor:
+        """Like forward, but only the logits of each row's last token, ``[B, vocab]``."""
+        streams = self.streams(tokens, positions, True, past)
+        return self.logits(column(streams, positions.argmax(dim=1, keepdim=True))).squeeze(1)
 
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions ``[B, S]``, S ≤ next_n → logits ``[B, S, vocab]``."""
         return self.forward(tokens, positions, False)
 
+    def mtp_streams(
+        self,
+        streams: Tensor,
+        next_tokens: Tensor,
+        positions: Tensor,
+        prefill: bool,
+        past: bool = False,
+    ) -> Tensor:
+        """The MTP layer on ``streams(tokens, positions)`` and the tokens one further."""
+        step = self.step(next_tokens, positions, prefill, past)
+        return self.mtp(streams, self.embed_tokens(next_tokens), self.ropes, step)
+
+    def mtp_head(self, streams: Tensor) -> Tensor:
+        """Streams of the MTP layer → logits ``[B, S, vocab]`` for the tokens two further.
+        Embedding and lm_head are the model's."""
+        return self.lm_head(self.mtp.norm(self.mtp.hc_head(streams)))
+
     def mtp_logits(
         self, streams: Tensor, next_tokens: Tensor, positions: Tensor, prefill: bool
     ) -> Tensor:
-        """The MTP head on ``streams(tokens, positions)`` and the tokens one further; logits
-        ``[B, S, vocab]`` for the tokens two further. Embedding and lm_head are the model's."""
-        step = self.step(next_tokens, positions, prefill)
-        streams = self.mtp(streams, self.embed_tokens(next_tokens), self.ropes, step)
-        return self.lm_head(self.mtp.norm(self.mtp.hc_head(streams)))
+        return self.mtp_head(self.mtp_streams(streams, next_tokens, positions, prefill))

@@ -57,3 +57,12 @@ def rounded_eps(x: Tensor, w: Tensor) -> Tensor:
 def from_itself(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor, cache: Tensor) -> None:
     """Rows of the cache, turned, go to other rows of it that overlap: one launch would race."""
     cache[3:8] = TURN(NORM(cache[1:6], w), cos, sin)
+
+
+def old_between(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor):
+    """The rows are used before the old cache is read: no place for a launch that also writes."""
+    y = TURN(NORM(x, w), cos, sin)
+    used = y.float().sum(-1)
+    old = cache.float().sum(-1)
+    cache[slots] = y
+    return used, old

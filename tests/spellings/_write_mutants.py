@@ -10,37 +10,11 @@ MISSES: dict[str, tuple[Write, str]] = {}
 MUTANTS: dict[str, tuple[Write, str]] = {}  # with the spelling that each is one edit away from
 
 
-def _scatter(cache, rows, slots):
-    cache.scatter_(0, slots[:, None].expand(-1, rows.shape[-1]), rows)
-
-
-def _through_view(cache, rows, slots):
-    cache.view(-1, cache.shape[-1])[slots] = rows
-
-
-def _split_ring(cache, rows):
-    cut = 2
-    cache[:BATCH, cut : cut + 3], cache[:BATCH, :cut] = rows.split([3, 2], dim=1)
-
-
 def _one_hot(cache, rows, slots):
     hot = torch.nn.functional.one_hot(slots, SLOTS).to(rows.dtype)
     cache.copy_(torch.where(hot.sum(0)[:, None] > 0, hot.t() @ rows, cache))
 
 
-MISSES["scatter"] = (
-    Write(_scatter, (TOKENS,), (SLOTS,), some_slots),
-    "scatter is not read as rows",
-)
-MISSES["pages through a view"] = (
-    Write(_through_view, (TOKENS,), (3, 4), some_slots),
-    "the write goes to a view of another shape; the kernel takes pages as [P, N, D] with two "
-    "indices",
-)
-MISSES["ring split in two"] = (
-    Write(_split_ring, (BATCH, SEQ), (3, RING), nowhere),
-    "the reference's prefill makes two writes of one value; a launch makes one",
-)
 MISSES["one hot"] = (Write(_one_hot, (TOKENS,), (SLOTS,), some_slots), "a product, not a write")
 
 
@@ -97,7 +71,59 @@ def _doubled(cache, rows, slots):
     cache.mul_(2)
 
 
+def _scattered_lanes(cache, rows, slots):
+    """A column of its own for each lane: no row is written as one."""
+    cache.scatter_(0, slots[:, None].expand(-1, rows.shape[-1]).roll(1, -1), rows.roll(1, 0))
+
+
+def _scattered_on_top(cache, rows, slots):
+    cache.scatter_add_(0, slots[:, None].expand(-1, rows.shape[-1]), rows)
+
+
+def _pieces_overlap(cache, rows):
+    cache[:BATCH, 2:5] = rows[:, :3]
+    cache[:BATCH, 4:6] = rows[:, 3:]
+
+
+def _a_row_left_out(cache, rows):
+    cache[:BATCH, 2:4] = rows[:, :2]
+    cache[:BATCH, :2] = rows[:, 3:]
+
+
+def _a_row_twice(cache, rows):
+    cache[:BATCH, 2:6] = rows[:, :4]
+    cache[:BATCH, :2] = rows[:, 3:]
+
+
+def _one_changed(cache, rows):
+    cache[:BATCH, 2:5] = rows[:, :3]
+    cache[:BATCH, :2] = rows[:, 3:] * 0.5
+
+
+def _other_sequences(cache, rows):
+    cache[:BATCH, 2:5] = rows[:, :3]
+    cache[1:, :2] = rows[:, 3:]
+
+
+def _one_sequence(cache, rows):
+    cache[0, 2:5] = rows[0, :3]
+    cache[0, :2] = rows[0, 3:]
+
+
 for _name, _fn in {
+    "pieces of the first sequence": _one_sequence,
+    "pieces that overlap": _pieces_overlap,
+    "a row left out": _a_row_left_out,
+    "a row written twice": _a_row_twice,
+    "one piece scaled": _one_changed,
+    "pieces of other sequences": _other_sequences,
+}.items():
+    MUTANTS[_name] = (Write(_fn, (BATCH, SEQ), (3, RING), nowhere), "ring in two pieces")
+
+
+for _name, _fn in {
+    "scattered with the next row": _scattered_lanes,
+    "scattered on top": _scattered_on_top,
     "value rotated": _shifted_value,
     "value scaled": _scaled_value,
     "accumulated": _accumulated,

@@ -154,6 +154,16 @@ def _last(cache, rows):
     cache[-1] = rows.squeeze(0)
 
 
+@_flat("scatter")
+def _scatter(cache, rows, slots):
+    cache.scatter_(0, slots[:, None].expand(-1, rows.shape[-1]), rows)
+
+
+@_flat("scatter, expanded like the rows")
+def _scatter_as(cache, rows, slots):
+    cache.scatter_(0, slots.unsqueeze(-1).expand_as(rows), rows)
+
+
 # ---- a ring per sequence -----------------------------------------------------------------------
 
 
@@ -244,8 +254,77 @@ def _copy_ring(cache, rows, slots):
     cache.index_copy_(1, slots, rows)
 
 
+@_rows(PREFILL, "ring in two pieces", SEQ, nowhere)
+def _split_ring(cache, rows):
+    cache[:BATCH, 2:5], cache[:BATCH, :2] = rows.split([3, 2], dim=1)
+
+
+@_rows(PREFILL, "ring in two pieces, the last rows", SEQ + 6, nowhere)
+def _last_rows(cache, rows):
+    length = rows.shape[1]
+    cut = length % RING
+    last = rows[:, -RING:]
+    cache[:BATCH, cut:RING], cache[:BATCH, :cut] = last.split([RING - cut, cut], dim=1)
+
+
+@_rows(PREFILL, "ring in two pieces, by slices", SEQ, nowhere, batch=3)
+def _two_slices(cache, rows):
+    cache[:, :2] = rows[:, 3:]
+    cache[:, 5:].copy_(rows[:, :3])
+
+
+@_rows(PREFILL, "scatter along the ring", SEQ, _table, batch=3)
+def _scatter_ring(cache, rows, at):
+    index = (at[:1] + torch.arange(3)[:, None]) % RING
+    cache.scatter_(1, index[..., None].expand_as(rows), rows)
+
+
 def _pages(cache, rows, slots):
     cache[slots // 4, slots % 4] = rows
 
 
 PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), some_slots)
+
+
+# ---- pages: slots count through them -----------------------------------------------------------
+
+PAGES: dict[str, Write] = {}
+
+
+def _paged(name: str, where: Any = some_slots) -> Any:
+    def register(fn: Any) -> Any:
+        PAGES[name] = Write(fn, (TOKENS,), (3, 4), where)
+        return fn
+
+    return register
+
+
+@_paged("view")
+def _through_view(cache, rows, slots):
+    cache.view(-1, cache.shape[-1])[slots] = rows
+
+
+@_paged("flatten")
+def _through_flatten(cache, rows, slots):
+    cache.flatten(0, 1).index_copy_(0, slots, rows)
+
+
+@_paged("from the end", lambda d: (torch.tensor([3, -1, 0, -4, 5]),))
+def _from_the_end(cache, rows, slots):
+    cache.view(12, -1)[slots] = rows
+
+
+@_paged("span over pages", nowhere)
+def _span_of_pages(cache, rows):
+    cache.view(-1, cache.shape[-1])[2 : 2 + TOKENS] = rows
+
+
+@_paged("scatter")
+def _scatter_pages(cache, rows, slots):
+    cache.view(-1, rows.shape[-1]).scatter_(0, slots[:, None].expand_as(rows), rows)
+
+
+@_paged("rows used, cache read after")
+def _used_pages(cache, rows, slots):
+    cache.view(-1, cache.shape[-1])[slots] = rows
+    return rows * 2, cache[0].float().sum()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _norms, _quants, _rope_mutants, _ropes, _write_mutants
+from . import _norms, _packed, _quants, _rope_mutants, _ropes, _write_mutants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
 from ._layouts import BATCH, DIM, HEADS, LAYOUTS, NORM, ROPE, SEQ, TURN, Layout
 from ._norm_rope_mutants import (
@@ -20,12 +20,22 @@ from ._norm_rope_mutants import (
     alpha_eps,
     before_rope,
     from_itself,
+    old_between,
     rounded_eps,
     shifted,
     two_names,
 )
+from ._partial_sums import (
+    MUTANTS as SUM_MUTANTS,
+)
+from ._partial_sums import (
+    SUMS,
+    both_of_parts,
+    both_of_parts_inputs,
+    parts_inputs,
+)
 from ._steps import Layer, both, both_inputs, busy, layer_inputs, several, tables
-from ._writes import DECODE, FLAT, PREFILL, Write
+from ._writes import DECODE, FLAT, PAGES, PREFILL, Write
 
 NAME = "norm_rope_cache"
 GROUP = 16
@@ -162,6 +172,7 @@ def joined(pieces: dict[str, Fn]) -> Fn:
 
 WRITES = FLAT | DECODE | PREFILL
 SPELLINGS |= {f"write: {name}": kv_case(write) for name, write in WRITES.items()}
+SPELLINGS |= {f"pages: {name}": kv_case(write) for name, write in PAGES.items()}
 for _name, _pieces in _quants.VARIANTS.items():
     SPELLINGS[f"fake quant: {_name}"] = kv_case(
         FLAT["slots"], joined(_pieces), "norm", "rope → fake quant → cache write",
@@ -173,6 +184,41 @@ SPELLINGS |= {
     )
     for name in ("default", "pow2")
 }
+
+
+# ---- rows as bytes -----------------------------------------------------------------------------
+
+SPELLINGS |= {
+    f"packed: {name}": _case(
+        fn, _packed.inputs, "Kv: norm", "rope → fp8 rows → cache write"
+    )
+    for name, fn in _packed.SPELLINGS.items()
+}  # fmt: skip
+
+
+# ---- partial results of a split product --------------------------------------------------------
+
+
+def _summed(sums: Fn) -> Fn:
+    def fn(parts: Tensor, w: Tensor, *table: Tensor) -> Tensor:
+        return TURN(NORM(sums(parts), w), *table)
+
+    return fn
+
+
+for _name, (_sums, _shape, _dtype) in SUMS.items():
+    SPELLINGS[f"parts: {_name}"] = _case(
+        _summed(_sums), parts_inputs(_shape, _dtype), "Q: sum of parts → norm", "rope"
+    )
+SPELLINGS |= {
+    "parts, dynamic": _case(
+        _summed(SUMS["rows and merged heads"][0]), parts_inputs(SUMS["rows and merged heads"][1]),
+        "sum of parts", dynamic={0: (2,), 2: (1,), 3: (1,)},
+    ),
+    "parts of q and kv": _case(
+        both_of_parts, both_of_parts_inputs, "Q: sum of parts", "kv: sum of parts", "cache write"
+    ),
+}  # fmt: skip
 
 
 BOTH = ("Q: norm", "kv: norm", "rope → cache write")
@@ -201,6 +247,10 @@ MUTANTS: dict[str, Case] = {
         before_rope, kv_inputs(FLAT["slots"]), "Kv: norm", absent=("write",),
         like=SPELLINGS["write: slots"],
     ),
+    "read between": _case(  # the write stays; only seen when the plan is applied
+        old_between, kv_inputs(FLAT["slots"]), "Kv: norm", "rope", absent=("write",),
+        like=SPELLINGS["write: slots"], why="reads the cache between its old and its new version",
+    ),
     "two names of one cache": _case(
         two_names, kv_inputs(FLAT["slots"]), "Kv: norm", absent=("write",),
         like=SPELLINGS["write: slots"],
@@ -214,14 +264,23 @@ MUTANTS: dict[str, Case] = {
         like=_HF,
     ),
     "rounded eps": q_case(rounded_eps, TURN, None, "rope", like=_HF),
-    "rows of the cache itself": _case(
-        from_itself, kv_inputs(FLAT["slice"]), count=0, absent=("write",),
+    "rows of the cache itself": _case(  # the write stays
+        from_itself, kv_inputs(FLAT["slice"]), "Kv: norm", "rope", absent=("write",),
         like=SPELLINGS["write: slice"], why="is a part of the cache that the fused op would write.",
     ),
     "factor of eps": q_case(
         alpha_eps, TURN, None, "rope", like=_HF
     ),
 }  # fmt: skip
+for _name, _fn in _packed.MUTANTS.items():
+    MUTANTS[f"packed: {_name}"] = _case(
+        _fn, _packed.inputs, "Kv: norm", "rope", absent=("write",), like=SPELLINGS["packed: rows"]
+    )
+for _name, _sums in SUM_MUTANTS.items():
+    MUTANTS[f"parts: {_name}"] = _case(
+        _summed(_sums), parts_inputs(SUMS["rows"][1]), "norm", absent=("sum of parts",),
+        like=SPELLINGS["parts: rows"],
+    )  # fmt: skip
 for _name, _norm in _norms.MUTANTS.items():
     MUTANTS[f"norm: {_name}"] = q_case(
         _norm, TURN, None, "Q: rope", absent=("norm",), like=_HF

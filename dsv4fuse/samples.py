@@ -1,0 +1,80 @@
+"""Random inputs of one site, like its own: shapes, dtypes, strides; indices that are in range."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import compat
+from dsv4fuse.fusion import Candidate
+
+DRAWS = 20  # of random inputs, until the result of one is determined (no choice among equals)
+
+
+def draw(candidate: Candidate, outer: list[fx.Node]) -> dict[fx.Node, Any] | None:
+    """A sample of each leaf, such that some row of the outputs has only one right result."""
+    for number in range(DRAWS):
+        drawn = {candidate.like.get(n, n) for n in outer}
+        made = {n: sample(n, candidate, number) for n in drawn}
+        made |= {n: made[candidate.like[n]] for n in outer if n in candidate.like}
+        settled = candidate.settled
+        if settled is None or settled(*(made[n] for n in candidate.inputs)).any():
+            return made
+    return None
+
+
+def leaves(candidate: Candidate, region: list[fx.Node]) -> list[fx.Node]:
+    inside = set(region)
+    outer = (a for n in region for a in n.all_input_nodes if a not in inside)
+    return list(dict.fromkeys((*candidate.inputs, *outer)))
+
+
+def hint(value: Any) -> Any:
+    """The number that a symbol had when the graph was traced."""
+    return compat.hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
+    """A random value like the node's: real strides; indices in range and distinct.
+
+    Where there are more rows than places, the surplus goes to the last one, which is then not
+    compared: the order of writes to one place is not defined.
+    """
+    fake = node.meta["val"]
+    if node.op == "get_attr":
+        return compat.constant(node)
+    if not isinstance(fake, Tensor):
+        return hint(fake)
+    shape = [hint(s) for s in fake.shape]
+    strides = [hint(s) for s in fake.stride()]
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    extent = 1 if 0 in shape else extent
+    generator = torch.Generator().manual_seed(len(node.name) + 1000 * draw)
+    if fake.dtype.is_complex:
+        angle = torch.rand(extent, generator=generator) * 6.3
+        flat = torch.polar(torch.ones_like(angle), angle).to(fake.dtype)
+    elif fake.dtype.is_floating_point:
+        size = candidate.spread.get(node, 2.0)
+        flat = torch.randn(extent, generator=generator).mul_(size).to(fake.dtype)
+    elif fake.dtype == torch.bool:
+        flat = torch.rand(extent, generator=generator) < 0.5
+    elif node in candidate.reads:
+        bound = hint(candidate.reads[node])
+        flat = torch.randint(bound, (extent,), generator=generator).to(fake.dtype)
+    else:
+        values = _indices(shape, *candidate.places.get(node, (1, None)))
+        return values.to(fake.dtype).to(fake.device)
+    return flat.to(fake.device).as_strided(shape, strides)
+
+
+def _indices(shape: list[int], places: Any, axis: int | None) -> Tensor:
+    """Place numbers counted along an axis, or through the whole tensor for None."""
+    count = math.prod(shape) if axis is None else shape[axis]
+    numbers = torch.arange(count).clamp(max=hint(places) - 1)
+    if axis is not None:
+        numbers = numbers.view([-1 if i == axis else 1 for i in range(len(shape))])
+        return numbers.expand(shape)
+    return numbers.view(shape)

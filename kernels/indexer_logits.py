@@ -1,0 +1,289 @@
+"""The lightning indexer's scores: relu of every head's dot, weighted and summed over the heads.
+
+Math     ``out[t,s] = Σ_h w[t,h] · (relu(q[t,h] · k[s]) · scale)`` [``· k_scale[s]``] for the
+         keys ``start[t] ≤ s < end[t]``; elsewhere −inf (``clean``), or **left untouched**: the
+         result then holds whatever the memory held. Tiles that no row needs are skipped. The
+         dots of a tile are summed over the heads where they are made: no ``[T,H,S]`` in memory.
+Shapes   q ``[B,T,H,D]``, k ``[B,S,D]``, w ``[B,T,H]``, k_scale ``[B,S]`` fp32 (scales of fp8
+         keys; q's own scale belongs into w), start and end ``[B,T]`` int32 or int64, each may be
+         absent; out ``[B,T,S]``, dense. D is a power of two from 16 (fp8: 32) to 256, H ≤ 256.
+         A batch axis of k, start or end may have stride 0.
+Dtypes   q and k alike: bf16, fp16, fp32 or e4m3; w bf16, fp16 or fp32. out fp32, under "every"
+         the dtype of q.
+Strides  any; q and k with last stride 1.
+Rounding "once": fp32 throughout (``q.float() @ k.float()``; bf16, fp16 and e4m3 operands have
+         exact products in a tensor core, summed in fp32). "dot": the dot is rounded to q's
+         dtype, as its matmul does, the rest fp32. "every": dot, scale and product are each
+         rounded to q's dtype, the head sum is fp32 and rounded at the end. ``precise`` rounds at
+         the end only and folds the scale into w. The order of sums differs from eager's.
+         ``narrow_sum`` multiplies e4m3 in fp8 tensor cores, at twice the rate; on Hopper their
+         accumulator keeps about 14 bits. fp32 operands are each split into three bf16.
+         NaN propagates as relu, product and sum do in eager.
+Source   DeepSeek-V3.2's lightning indexer; ATOM #794 (range skip, logits left untouched).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from . import _common as common
+from ._common import INTERPRET, INTERPRETED, long, max_nan, round_to
+
+# Of fp32 operands, six products of bf16 parts: on an H200 nearer to fp64 than eager's FMA, where
+# tf32x3 is farther from it. The interpreter computes in fp32 and knows no such name.
+WIDE_DOT = "ieee" if INTERPRETED else "bf16x6"
+ROUNDINGS = {"once": 0, "dot": 1, "every": 2}
+# Values that follow a token or key count: specialising on them would recompile.
+SIZES = ("tokens", "keys", "w_sb", "ks_sb", "start_sb", "end_sb", "out_sb", "out_st")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Keys and tokens of a program, tokens of one dot, warps, stages of the pipeline over q."""
+
+    keys: int
+    tokens: int
+    dot: int
+    warps: int
+    stages: int
+
+
+# By bytes of an element, then by the number of (query, key) pairs. Two tokens to a dot make its
+# columns 128: with one, fetching the operands from shared memory takes longer than the product.
+CONFIGS: dict[int, tuple[tuple[int | None, Launch], ...]] = {
+    1: ((1 << 15, Launch(64, 1, 1, 4, 1)), (1 << 17, Launch(128, 2, 2, 4, 1)),
+        (1 << 19, Launch(128, 8, 2, 4, 2)), (1 << 23, Launch(128, 16, 2, 4, 3)),
+        (1 << 25, Launch(128, 32, 2, 4, 3)), (None, Launch(128, 64, 2, 4, 3))),
+    2: ((1 << 13, Launch(64, 1, 1, 4, 1)), (1 << 15, Launch(128, 1, 1, 4, 1)),
+        (1 << 17, Launch(128, 4, 2, 4, 2)), (1 << 19, Launch(128, 8, 2, 4, 2)),
+        (1 << 21, Launch(256, 16, 1, 8, 2)), (1 << 23, Launch(256, 64, 1, 8, 3)),
+        (None, Launch(128, 64, 2, 4, 2))),
+    4: ((1 << 15, Launch(32, 1, 1, 4, 1)), (1 << 17, Launch(64, 4, 1, 4, 1)),
+        (None, Launch(128, 16, 1, 8, 2))),
+}  # fmt: skip
+
+
+@triton.jit
+def _needed(start_ptr, end_ptr, first, last, key, keys, start_st, end_st, HAS_START: tl.constexpr,
+            HAS_END: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr):
+    """The tokens lo ≤ t < hi of first..last between which some row needs keys key..key+KEYS."""
+    t = first + tl.arange(0, TOKENS)
+    need = t < last
+    if HAS_START:
+        need &= tl.load(start_ptr + t.to(tl.int64) * start_st, mask=need, other=0) < key + KEYS
+    if HAS_END:
+        need &= tl.load(end_ptr + t.to(tl.int64) * end_st, mask=need, other=0) > key
+    lo = tl.min(tl.where(need, t, last), axis=0)
+    hi = tl.max(tl.where(need, t + 1, first), axis=0)
+    return lo, tl.maximum(lo, hi)
+
+
+@triton.jit
+def _weighted(dots, w, dtype: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr,
+              PRECISE: tl.constexpr):
+    """Each head's term of the sum, rounded where the module rounds."""
+    if ROUNDING >= 1 and not PRECISE:
+        dots = round_to(dots, dtype)
+    y = max_nan(dots, 0.0)
+    if PRECISE:
+        w = w * SCALE
+    elif SCALE != 1.0:
+        y = y * SCALE
+        if ROUNDING == 2:
+            y = round_to(y, dtype)
+    y = y * w[None, :]
+    if ROUNDING == 2 and not PRECISE:
+        y = round_to(y, dtype)
+    return y
+
+
+@triton.jit(do_not_specialize=SIZES)
+def indexer_logits_kernel(
+    q_ptr, k_ptr, w_ptr, ks_ptr, start_ptr, end_ptr, out_ptr, tokens, keys,
+    q_sb, q_st, q_sh, k_sb, k_st, w_sb, w_st, w_sh, ks_sb, ks_st,
+    start_sb, start_st, end_sb, end_st, out_sb, out_st,
+    HEADS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
+    TOKENS: tl.constexpr, DOT: tl.constexpr, HAS_KS: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, CLEAN: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr,
+    PRECISE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: KEYS keys, held, against TOKENS tokens, DOT of them at a time.
+
+    Keys are the rows of the dot and heads its columns: the sum over heads then runs inside a
+    thread and its three neighbours, without shared memory.
+    """
+    first_key = tl.program_id(0) * KEYS
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * TOKENS  # causal: long rows first
+    b = tl.program_id(2).to(tl.int64)
+    last = tl.minimum(first + TOKENS, tokens)
+    start_ptr += b * start_sb
+    end_ptr += b * end_sb
+    lo, hi = first, last
+    if HAS_START or HAS_END:
+        lo, hi = _needed(start_ptr, end_ptr, first, last, first_key, keys, start_st, end_st,
+                         HAS_START, HAS_END, TOKENS, KEYS)  # fmt: skip
+    OD: tl.constexpr = out_ptr.dtype.element_ty
+    key = first_key + tl.arange(0, KEYS)
+    live = key < keys
+    out_ptr += b * out_sb
+    row_step = long(out_st)
+    if CLEAN:
+        empty = tl.full((KEYS,), float("-inf"), tl.float32).to(OD)
+        for t in range(first, lo):
+            tl.store(out_ptr + t * row_step + key, empty, mask=live)
+        for t in range(hi, last):
+            tl.store(out_ptr + t * row_step + key, empty, mask=live)
+    if lo < hi:
+        lane = tl.arange(0, D)
+        k = tl.load(k_ptr + b * k_sb + key.to(tl.int64)[:, None] * k_st + lane[None, :],
+                    mask=live[:, None], other=0.0)  # fmt: skip
+        if WIDEN or INTERPRET:
+            k = k.to(tl.float32 if INTERPRET else tl.bfloat16)
+        if HAS_KS:
+            k_scale = tl.load(ks_ptr + b * ks_sb + key * ks_st, mask=live, other=0.0)
+        column = tl.arange(0, DOT * PAD)
+        head = column % PAD
+        q_at = q_ptr + b * q_sb + head[:, None] * q_sh + lane[None, :]
+        for t in range(lo, hi, DOT):
+            token = t + column // PAD
+            there = (token < hi) & (head < HEADS)
+            token = token.to(tl.int64)
+            q = tl.load(q_at + (token * q_st)[:, None], mask=there[:, None], other=0.0)
+            w = tl.load(w_ptr + b * w_sb + token * w_st + head * w_sh, mask=there, other=0.0)
+            if WIDEN or INTERPRET:
+                q = q.to(tl.float32 if INTERPRET else tl.bfloat16)
+            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            y = _weighted(dots, w.to(tl.float32), q_ptr.dtype.element_ty, SCALE, ROUNDING, PRECISE)
+            if PAD != HEADS:
+                y = tl.where(there[None, :], y, 0.0)  # an infinite key makes 0 · inf there
+            row = t + tl.arange(0, DOT)
+            if DOT == 1:
+                s = tl.sum(y, axis=1)[:, None]
+            else:
+                s = tl.sum(tl.reshape(y, (KEYS, DOT, PAD)), axis=2)
+            if HAS_KS:
+                s = s * k_scale[:, None]
+            mine = row < hi
+            inside = live[:, None] & mine[None, :]
+            if HAS_START:
+                start = tl.load(start_ptr + row.to(tl.int64) * start_st, mask=mine, other=0)
+                inside &= key[:, None] >= start[None, :]
+            if HAS_END:
+                end = tl.load(end_ptr + row.to(tl.int64) * end_st, mask=mine, other=0)
+                inside &= key[:, None] < end[None, :]
+            at = out_ptr + (row * row_step)[None, :] + key[:, None]
+            if CLEAN and (HAS_START or HAS_END):
+                s = tl.where(inside, s, float("-inf"))
+                inside = live[:, None] & mine[None, :]
+            tl.store(at, s.to(OD), mask=inside)
+
+
+def _check(q: Tensor, k: Tensor, w: Tensor, rounding: str) -> None:
+    """Raises ValueError with a sentence for what the kernel does not take."""
+    common.require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}")
+    common.require(q.dim() == 4 and k.dim() == 3 and w.dim() == 3,
+                   "q is [B, T, H, D], k [B, S, D], w [B, T, H]")  # fmt: skip
+    heads, d = q.shape[2:]
+    least = 32 if q.element_size() == 1 else 16
+    common.require(q.dtype == k.dtype, f"q is {q.dtype}, k is {k.dtype}")
+    common.require(q.dtype in (*common.FLOATS, common.FP8), "q must be bf16, fp16, fp32 or e4m3")
+    common.require(rounding == "once" or q.dtype in (torch.bfloat16, torch.float16),
+                   "only bf16 and fp16 have roundings in between")  # fmt: skip
+    common.require(d >= least and d in (16, 32, 64, 128, 256),
+                   f"index_head_dim {d} is no power of two from {least} to 256")  # fmt: skip
+    common.require(heads <= 256, f"{heads} heads are more than a tile's 256")
+    dense = q.stride(-1) == 1 and k.stride(-1) == 1
+    common.require(dense, "the last axis of q and k must be dense")
+    if q.dtype == common.FP8:
+        common.require_fp8(q.device)
+
+
+def allocate(q: Tensor, k: Tensor, rounding: str) -> Tensor:
+    """``[B,T,S]``, not initialised."""
+    dtype = q.dtype if rounding == "every" else torch.float32
+    return q.new_empty((*q.shape[:2], k.shape[1]), dtype=dtype)
+
+
+def _launch(
+    q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, start: Tensor | None,
+    end: Tensor | None, out: Tensor, *, scale: float, rounding: str, precise: bool, clean: bool,
+    narrow_sum: bool,
+) -> None:  # fmt: skip
+    batch, tokens, heads, d = q.shape
+    common.require_static(heads=heads, index_head_dim=d)
+    keys = k.shape[1]
+    c = common.launch_config(CONFIGS[q.element_size()], batch * tokens * keys)
+    pad = max(16, triton.next_power_of_2(heads))
+    width = max(1, min(c.dot, 256 // pad))
+    strides = ((0, 0) if t is None else t.stride() for t in (k_scale, start, end))
+    grid = (common.cdiv(keys, c.keys), common.cdiv(tokens, c.tokens), batch)
+    kernel = indexer_logits_kernel if INTERPRETED else wrap_triton(indexer_logits_kernel)
+    kernel[grid](
+        q, k, w, *(w if t is None else t for t in (k_scale, start, end)), out, tokens, keys,
+        *q.stride()[:3], *k.stride()[:2], *w.stride(), *(s for pair in strides for s in pair),
+        *out.stride()[:2],
+        HEADS=heads, PAD=pad, D=d, KEYS=c.keys, TOKENS=c.tokens, DOT=width,
+        HAS_KS=k_scale is not None, HAS_START=start is not None, HAS_END=end is not None,
+        CLEAN=clean, SCALE=scale, ROUNDING=ROUNDINGS[rounding], PRECISE=precise,
+        WIDEN=q.dtype == common.FP8 and not narrow_sum,
+        PRECISION=WIDE_DOT if q.dtype == torch.float32 else "ieee",
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+
+
+def reference(
+    q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Tensor | None = None,
+    end: Tensor | None = None, *, scale: float = 1.0, rounding: str = "once",
+    precise: bool = False, clean: bool = True, narrow_sum: bool = False,
+) -> Tensor:  # fmt: skip
+    """The same in plain PyTorch, one batch row at a time; without ``clean`` it writes 0."""
+    out = allocate(q, k, rounding)
+    for b in range(q.shape[0]):
+        wide = precise or rounding == "once"
+        x, y = (q[b].float(), k[b].float()) if wide else (q[b], k[b])
+        dots = (x.flatten(0, 1) @ y.mT).unflatten(0, x.shape[:2])  # [T, H, S]
+        if rounding == "dot":
+            dots = dots.float()
+        terms = dots.relu() * scale * (w[b].float() if wide else w[b]).unsqueeze(-1)
+        s = terms.sum(dim=1)
+        out[b] = s if k_scale is None else s * k_scale[b]
+    place = torch.arange(k.shape[1], device=q.device)
+    outside = torch.zeros_like(out, dtype=torch.bool)
+    if start is not None:
+        outside |= place < start.unsqueeze(-1)
+    if end is not None:
+        outside |= place >= end.unsqueeze(-1)
+    return out.masked_fill_(outside, float("-inf") if clean else 0.0)
+
+
+@triton_op("dsv4fuse::indexer_logits", mutates_args=())
+def indexer_logits(
+    q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Tensor | None = None,
+    end: Tensor | None = None, *, scale: float = 1.0, rounding: str = "once",
+    precise: bool = False, clean: bool = True, narrow_sum: bool = False,
+) -> Tensor:  # fmt: skip
+    """The indexer's scores ``[B,T,S]``: see the module's docstring."""
+    _check(q, k, w, rounding)
+    kw = dict(scale=scale, rounding=rounding, precise=precise, clean=clean, narrow_sum=narrow_sum)
+    if common.use_reference(q):
+        return reference(q, k, w, k_scale, start, end, **kw)
+    out = allocate(q, k, rounding)
+    _launch(q, k, w, k_scale, start, end, out, **kw)
+    return out
+
+
+@indexer_logits.register_fake
+def _(q, k, w, k_scale=None, start=None, end=None, *, rounding="once", **_):
+    _check(q, k, w, rounding)
+    return allocate(q, k, rounding)
+
+
+def traffic(q: Tensor, k: Tensor, w: Tensor, out: Tensor) -> int:
+    """Bytes that must move: every input once, every output once."""
+    return common.nbytes(q, k, w, out)

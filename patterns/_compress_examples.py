@@ -1,0 +1,81 @@
+"""The compressor as people write it, for the benchmark: a prefill's windows, a decode's rings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4fuse import atoms
+from dsv4fuse.fusion import Example, Sizes
+
+ROWS = {"narrow": (4, True), "wide": (128, False)}  # (ratio, with the window before)
+BF16 = torch.bfloat16
+
+
+def _finish(pooled: Tensor, w: Tensor, cos: Tensor, sin: Tensor, norm: str) -> Tensor:
+    return atoms.rope(atoms.rms_norm(pooled, w, eps=1e-6, rounding=norm), cos, sin, rounding="once")
+
+
+def _with_before(x: Tensor, value: float) -> Tensor:
+    """x ``[B, N, ratio, 2·D]`` to ``[B, N, 2·ratio, D]``, rows of ``value`` before window 0."""
+    ratio, dim = x.shape[2], x.shape[3] // 2
+    out = x.new_full((*x.shape[:2], 2 * ratio, dim), value)
+    out[:, :, ratio:] = x[..., dim:]
+    out[:, 1:, :ratio] = x[:, :-1, :, :dim]
+    return out
+
+
+def prefill(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
+    """``tokens`` entries of one sequence: kv and gate bf16 ``[1, S, C]``, rounded at each step."""
+    ratio, overlap = ROWS[kind]
+    dim, channels = sizes.head_dim, sizes.head_dim * (2 if overlap else 1)
+
+    def fn(kv: Tensor, gate: Tensor, bias: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        kv, gate = (t.unflatten(1, (tokens, ratio)) for t in (kv, gate))
+        gate = gate + bias
+        if overlap:
+            kv, gate = _with_before(kv, 0.0), _with_before(gate, float("-inf"))
+        pooled = atoms.softmax_pool(kv, gate, rounding="every", dtype=kv.dtype)
+        return _finish(pooled, w, cos, sin, "weight")
+
+    rows = [torch.randn(1, tokens * ratio, channels, device=device, dtype=BF16) for _ in "ab"]
+    bias = torch.randn(ratio, channels, device=device, dtype=BF16)
+    angle = torch.rand(1, tokens, sizes.rope_dim // 2, device=device)
+    w = torch.rand(dim, device=device, dtype=BF16)
+    moved = sum(r.nbytes for r in rows) + 2 * angle.nbytes + tokens * dim * 2
+    return Example(fn, (*rows, bias, w, angle.cos(), angle.sin()), moved)
+
+
+def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
+    """``tokens`` requests that close a window each: rings of bf16 kv and fp32 gates."""
+    ratio, overlap = ROWS[kind]
+    width, dim = ratio * (2 if overlap else 1), sizes.head_dim
+    channels = dim * (2 if overlap else 1)
+
+    def fn(
+        kv: Tensor, gate: Tensor, positions: Tensor, rows: Tensor, w: Tensor, cos: Tensor,
+        sin: Tensor, cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ends = torch.where((positions + 1) % ratio == 0, positions, -1)
+        span = ends.unsqueeze(-1) + torch.arange(1 - width, 1, device=ends.device)
+        at = rows.unsqueeze(-1), span % width
+        x, g = kv[at], gate[at]
+        if overlap:
+            absent = (span[..., :ratio] < 0).unsqueeze(-1)
+            old = g[:, :, :ratio, :dim].masked_fill(absent, float("-inf"))
+            x = torch.cat((x[:, :, :ratio, :dim], x[:, :, ratio:, dim:]), dim=2)
+            g = torch.cat((old, g[:, :, ratio:, dim:]), dim=2)
+        pooled = atoms.softmax_pool(x, g, rounding="once", dtype=x.dtype)
+        slot = torch.where(ends >= 0, ends // ratio, cache.shape[1] - 1)
+        cache[rows, slot] = _finish(pooled, w, cos, sin, "once")
+        return cache[:, :-1]
+
+    kv = torch.randn(tokens, width, channels, device=device, dtype=BF16)
+    gate = torch.randn(tokens, width, channels, device=device)
+    positions = torch.full((tokens, 1), 3 * ratio - 1, device=device)
+    rows = torch.arange(tokens, device=device).unsqueeze(1)
+    angle = torch.rand(tokens, 1, sizes.rope_dim // 2, device=device)
+    cache = torch.zeros(tokens, 5, dim, device=device, dtype=BF16)
+    inputs = (kv, gate, positions, rows, torch.rand(dim, device=device), angle.cos(), angle.sin())
+    moved = tokens * dim * (width * 6 + 2) + 2 * angle.nbytes
+    return Example(fn, (*inputs, cache), moved)

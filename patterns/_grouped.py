@@ -1,0 +1,236 @@
+"""A grouped product read as rows of heads against weights: which axis is what, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from dsv4fuse import maps
+from dsv4fuse.atoms import FP8
+from dsv4fuse.contract import Contraction
+from dsv4fuse.layout import Order
+from dsv4fuse.maps import ZERO, Digit, Index, Map, Size
+from dsv4fuse.rules import widens
+from dsv4fuse.scene import Scene
+from dsv4fuse.terms import Term
+
+F32 = torch.float32
+Places = Iterable[tuple[fx.Node, Map]]
+
+
+def _index(*terms: tuple[Size, int, Size, Size, Size]) -> Index:
+    """Σ stride · digit, each (stride, coordinate, div, size, extent)."""
+    return maps.index(0, [(stride, Digit(*digit)) for stride, *digit in terms])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The turned heads ``[.., H, D]`` as rows of a product's output.
+
+    ``lead`` are the output's axes for batch and sequence (one for both where they are merged,
+    none where they are one token), ``group`` and ``column`` its other axes. ``apart``: the sum
+    runs through the heads of a lane, not through the lanes of a head (an einsum over two axes).
+    """
+
+    output: fx.Node
+    lead: tuple[int, ...]
+    group: int | None
+    column: int
+    groups: int
+    per: int
+    dim: int
+    apart: bool = False
+
+    @property
+    def columns(self) -> Size:
+        return maps.sizes_of(self.output.meta["val"])[self.column]
+
+    @property
+    def summed(self) -> int:
+        return self.output.meta["val"].dim()
+
+    @property
+    def size(self) -> int:
+        return self.per * self.dim
+
+    def head(self) -> Index:
+        g = [] if self.group is None else [(self.per, self.group, 1, self.groups, self.groups)]
+        return _index(*g, (1, self.summed, 1 if self.apart else self.dim, self.per, self.size))
+
+    def lanes(self, block: int = 1) -> Index:
+        block_of = self.per * block if self.apart else block
+        return _index((1, self.summed, block_of, self.dim // block, self.size))
+
+    def _row(self, block: int) -> Index:
+        """The place in a weight's row of K, in blocks."""
+        if not self.apart:
+            return _index((1, self.summed, block, self.size // block, self.size))
+        return _index(
+            (self.dim // block, self.summed, 1, self.per, self.size),
+            (1, self.summed, self.per * block, self.dim // block, self.size),
+        )
+
+    def weight(self, rows: int = 1, lanes: int = 1) -> dict[str, tuple[Index, Size]]:
+        """The axes of a tensor ``[G, N/rows, K/lanes]`` or ``[G·N/rows, ..]``, and extents."""
+        n, k = self.columns, self.size
+        column = (self.column, rows, n // rows, n)
+        own = [(n // rows, self.group, 1, self.groups, self.groups)]
+        return {
+            "g": (_index(*((1, *t[1:]) for t in own)) if self.group is not None else ZERO,
+                  self.groups),
+            "n": (_index((1, *column)), n // rows),
+            "k": (self._row(lanes), k // lanes),
+            "gn": (_index(*(own if self.group is not None else []), (1, *column)),
+                   self.groups * (n // rows)),
+        }  # fmt: skip
+
+    def shaped(self, out: Tensor, batch: int, length: int) -> Tensor:
+        """``[T,G,N]`` with the output's own axes."""
+        if len(self.lead) == 2:
+            out = out.unflatten(0, (batch, length))
+        elif not self.lead:
+            out = out.squeeze(0)
+        if self.group is None:
+            out = out.squeeze(-2)
+        axes = [a for a in (*self.lead, self.group, self.column) if a is not None]
+        out = out.permute([axes.index(a) for a in sorted(axes)])
+        for axis in range(self.summed):
+            if axis not in axes:
+                out = out.unsqueeze(axis)
+        return out
+
+    def token_major(self, batch: int, length: int) -> bool | None:
+        """Is the output dense as ``[T,G,N]`` (True), as ``[G,T,N]`` (False), or neither?"""
+        val, tokens = self.output.meta["val"], batch * length
+        dense = val.new_empty((tokens, self.groups, self.columns))
+        grouped = val.new_empty((self.groups, tokens, self.columns)).transpose(0, 1)
+        for answer, made in ((True, dense), (False, grouped)):
+            strides = self.shaped(made, batch, length).stride()
+            if all(
+                statically_known_true(n == 1) or statically_known_true(a == b)
+                for n, a, b in zip(val.shape, val.stride(), strides, strict=True)
+            ):
+                return answer
+        return None
+
+
+def rows_of(
+    product: Contraction, m: Map, shape: tuple[Size, ...], order: Order, block: int = 1
+) -> Rows | None:
+    """How a product reads ``[.., H, D/block]`` through m; None where it is no row of groups."""
+    batch, sequence, heads = order
+    val, k = product.output.meta["val"], product.size
+    dim = shape[-1] * block
+    if heads is None or not all(isinstance(v, int) for v in (shape[heads], dim, k)) or k % dim:
+        return None
+    per = k // dim
+    lead = _lead(m, [a for a in (batch, sequence) if a is not None], shape, val)
+    if lead is None or shape[heads] % per:
+        return None
+    groups = shape[heads] // per
+    rest = [a for a, n in enumerate(maps.sizes_of(val)) if a not in lead and n != 1]
+    column = rest[-1] if rest else -1
+    group = rest[0] if groups > 1 and rest else None
+    if not rest or rest != [a for a in (group, column) if a is not None]:
+        return None
+    ways = (Rows(product.output, lead, group, column, groups, per, dim, apart)
+            for apart in (False, True))  # fmt: skip
+    return next((r for r in ways if (m[heads], m[-1]) == (r.head(), r.lanes(block))), None)
+
+
+def _lead(m: Map, axes: list[int], shape: tuple[Size, ...], val: Tensor) -> tuple[int, ...] | None:
+    """The output's axes behind the token axes of a value."""
+    held = [a for a in axes if m[a] != ZERO]
+    if not maps.whole_axes(tuple(m[a] for a in held), tuple(shape[a] for a in held)):
+        merged = {t[1].coord for a in held for t in m[a].terms}
+        if len(held) != 2 or len(merged) != 1:
+            return None
+        (c,) = merged
+        b, s = (shape[a] for a in held)
+        wanted = [_index((1, c, s, b, b * s)), _index((1, c, 1, s, b * s))]
+        return (c,) if [m[a] for a in held] == wanted else None
+    whole = tuple(m[a].whole() for a in held)
+    return None if None in whole or len(set(whole)) != len(whole) else whole  # type: ignore
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A node that holds a weight (or its scales), and what each of its axes is."""
+
+    node: fx.Node
+    names: tuple[str, ...]  # "" for an axis of one
+
+    def arrange(self, t: Tensor, groups: int) -> Tensor:
+        """``[G, N, K]``."""
+        for axis in reversed([a for a, name in enumerate(self.names) if not name]):
+            t = t.squeeze(axis)
+        names = [n for n in self.names if n]
+        order = [n for n in ("g", "gn", "n", "k") if n in names]
+        t = t.permute([names.index(n) for n in order])
+        if "gn" in names:
+            return t.unflatten(0, (groups, -1))
+        return t if "g" in names else t.unsqueeze(0)
+
+
+def seats(places: Places, wanted: Mapping[str, tuple[Index, Size]]) -> Iterator[Seat]:
+    """The nodes whose axes are the wanted ones, each whole."""
+    for node, m in places:
+        names = []
+        for i, extent in zip(m, maps.sizes_of(node.meta["val"]), strict=True):
+            fits = (n for n, (index, size) in wanted.items() if i == index and extent == size)
+            names.append("" if i == ZERO and extent == 1 else next(fits, "?"))
+        held = {n for n in names if n}
+        if len(held) == len([n for n in names if n]) and held in (
+            {"g", "n", "k"}, {"gn", "k"}, {"n", "k"} if wanted["g"][0] == ZERO else {"gn", "k"}
+        ):  # fmt: skip
+            yield Seat(node, tuple(names))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The other factor: wide, or e4m3 codes with the scales of their blocks.
+
+    ``scaled``: code · scale stays fp32; otherwise the module rounds it to the activation's dtype.
+    """
+
+    values: Seat
+    scales: Seat | None = None
+    scaled: bool = False
+
+
+def weights(scene: Scene, term: Term, rows: Rows, dtype: torch.dtype) -> Iterator[Weight]:
+    """The ways to read a factor as weights of ``rows``: as e4m3 if it is that, as it stands."""
+    wide = term.args[0] if term.op == "cast" and widens(dtype, term.dtype) else term
+    rounded = term.op == "cast" and term.dtype == dtype and term.args[0].op == "mul"
+    yield from _dequantised(scene, term.args[0] if rounded else term, rows, not rounded)
+    if wide.dtype == dtype:
+        yield from (Weight(s) for s in seats(scene.low.origins[wide], rows.weight()))
+
+
+def _dequantised(scene: Scene, term: Term, rows: Rows, scaled: bool) -> Iterator[Weight]:
+    if term.op != "mul" or term.dtype != F32:
+        return
+    for codes, scale in (term.args, term.args[::-1]):
+        if codes.op != "cast" or codes.args[0].dtype != FP8 or scale.dtype != F32:
+            continue
+        values = next(seats(scene.low.origins[codes.args[0]], rows.weight()), None)
+        if values is None:
+            continue
+        for node, m in scene.low.origins[scale]:
+            n, k = _block(m, rows.column, rows.columns), _block(m, rows.summed, rows.size)
+            fits = n and k and k >= 16 and k & (k - 1) == 0  # what the kernels take
+            found = next(seats([(node, m)], rows.weight(n, k)), None) if fits else None
+            if found is not None:
+                yield Weight(values, found, scaled)
+                break
+
+
+def _block(m: Map, coordinate: int, extent: Size) -> int | None:
+    """How many neighbours along a coordinate read the same place."""
+    digits = [t[1] for i in m for t in i.terms if t[1].coord == coordinate]
+    block = extent if not digits else digits[0].div
+    return block if len(digits) < 2 and isinstance(block, int) and extent % block == 0 else None

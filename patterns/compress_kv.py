@@ -1,0 +1,301 @@
+"""The KV compressor: softmax over a window → weighted sum → RMSNorm → rope [→ quant] [→ write].
+
+Scope: entries ``[.., D]`` pooled per channel from windows of 2^k rows (up to 8, or up to 128), the
+softmax in fp32; followed by a norm or none, rope on the trailing pairs, fake quant of the leading
+lanes, a write like ``norm_rope_cache``'s. The windows are read where their rows lie: in a
+projection, with or without the half of the window before (overlap), or in a ring that a position
+indexes. Others are read from the tensor that the module made of them. The update of the raw
+rows' ring stays with Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from dsv4fuse.patterns._compress_examples import ROWS as EXAMPLE_ROWS
+from dsv4fuse.patterns._compress_examples import decode, prefill
+from dsv4fuse.patterns._legs import Leg, Writes, leg_of, quant_arguments, with_write
+from dsv4fuse.patterns._sources import Grid, windows
+from dsv4fuse.patterns._windows import Gathered, Half, Seen, Windows
+from torch import Tensor, fx
+
+from dsv4fuse import atoms, maps
+from dsv4fuse.chains import divides_by_product
+from dsv4fuse.fusion import Candidate, Fusion
+from dsv4fuse.layout import arrange, restore, token_count
+from dsv4fuse.match import Bound, Hole
+from dsv4fuse.rules import number
+from dsv4fuse.scene import Atom, Hit, Scene, Spec
+from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, lanes
+from dsv4fuse.terms import Complex, Term
+from dsv4fuse.trace import ROWS
+from dsv4fuse.writes import written, written_twice
+
+NAME = "compress_kv"
+F32 = torch.float32
+
+
+def _pool_specs(node: fx.Node, root: Term) -> Iterator[Spec]:
+    d = lanes(node)
+    total = root.args[0] if root.op == "cast" else root
+    if d is None or total.op != "fold" or total.args[0] != "sum" or len(total.args[2]) != 1:
+        return
+    width = total.args[3][total.args[2][0]]
+    body = total.args[1]
+    top = next((t for t in _inside(body) if t.op == "fold" and t.args[0] == "amax"), None)
+    kv = [t for t in body.args if _bare(t).op != "div"] if body.op == "mul" else []
+    if not isinstance(width, int) or top is None or len(kv) != 1:
+        return
+    out = node.meta["val"].dtype
+    narrow = body.dtype in NARROW
+    shape = (ROWS, width, d)
+    source = kv[0].dtype if narrow else _bare(kv[0]).dtype
+    holes = ((Hole("kv", shape), source), (Hole("gate", shape), top.dtype))
+    yield Spec(holes, (), (("rounding", "every" if narrow else "once"), ("dtype", out)))
+
+
+def _bare(t: Term) -> Term:
+    return t.args[0] if t.op == "cast" else t
+
+
+def _inside(t: Term) -> Iterator[Term]:
+    """Every term of t's elementwise part, and the reductions in it."""
+    yield t
+    if t.op != "fold":
+        for a in t.args:
+            if isinstance(a, Term):
+                yield from _inside(a)
+
+
+POOL = Atom("softmax_pool", atoms.softmax_pool, _pool_specs, frozenset({"fold", "exp", "div"}))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A pooled value, what follows it, and where its rows lie."""
+
+    pool: Hit
+    leg: Leg
+    windows: Windows
+    spare: bool  # entries that go to the cache's last row are not wanted
+
+    def nodes(self) -> dict[str, fx.Node]:
+        """The op's tensors by name."""
+        leg = self.leg
+        out = {"cos": leg.cos.node, "sin": leg.sin.node}
+        if leg.norm and "weight" in leg.norm.env.holes:
+            out["weight"] = leg.norm.weight.node
+        for suffix, half in (("", self.windows.now), ("_before", self.windows.before)):
+            if half is not None:
+                out |= {f"kv{suffix}": half.kv.node, f"gate{suffix}": half.gate.node}
+                out |= {f"bias{suffix}": half.bias.node} if half.bias else {}
+        rows = self.windows.now.kv
+        if isinstance(rows, Gathered):
+            out |= {"ends": rows.ends.node}
+            out |= {"page": rows.page.node} if rows.page else {}
+        if leg.slots:
+            out |= {"cache": leg.slots.write.cache} | leg.slots.nodes()
+        return out
+
+    def places(self) -> Mapping[fx.Node, tuple[int | torch.SymInt, int | None]]:
+        """For each index tensor how many places it may name, for the check on random inputs."""
+        out = dict(self.leg.slots.extents()) if self.leg.slots else {}
+        rows = self.windows.now.kv
+        if isinstance(rows, Gathered):
+            pages, length = rows.node.meta["val"].shape[:2]
+            out.setdefault(rows.ends.node, (rows.ring or length, None))
+            if rows.page is not None:
+                out.setdefault(rows.page.node, (pages, None))
+        return out
+
+
+def find(scene: Scene, numerics: str) -> list[Candidate]:
+    """Every place of this fusion in a graph, with its write and (should that fail) without."""
+    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)}
+    writes = Writes(list(written(scene.graph)), list(written_twice(scene.graph)))
+    found = []
+    for rope in scene.outermost(ROPE):
+        leg = leg_of(scene, rope, quants)
+        pool = scene.hit(POOL, leg.x.node) if leg and not leg.heads else None
+        if leg is not None and pool is not None:
+            stored = with_write(scene, leg, writes, [])
+            sites = [_site(scene, pool, way) for way in (stored, leg) if way]
+            found += [_candidate(scene, s, numerics) for s in sites if s]
+    return found
+
+
+def _site(scene: Scene, pool: Hit, leg: Leg) -> Site | None:
+    axes = {r: axis for axis, r in enumerate(leg.x.rows) if r is not None}
+    seats = tuple(axes.get(r) if r is not None else None for r in leg.order)
+    shape = maps.sizes_of(pool.node.meta["val"])
+    batch, entries = (1 if a is None else shape[a] for a in seats)
+    bounds = pool.kv, pool.gate
+    if any(r not in seats for b in bounds for r in b.rows if r is not None):
+        return None
+    width = pool.kv.node.meta["val"].shape[-2]
+    upcast = pool.arguments["rounding"] == "once"
+    grid = Grid(scene, (batch, entries, int(width), int(shape[-1])), seats, upcast)
+    return Site(pool, leg, windows(grid, *bounds), _spare(scene, leg))
+
+
+def _spare(scene: Scene, leg: Leg) -> bool:
+    """Does a condition send entries to the cache's last row, which nobody reads?"""
+    if leg.slots is None or leg.slots.places[-1].index is None or leg.slots.flat:
+        return False
+    write = leg.slots.write
+    term = scene.low.term(leg.slots.places[-1].index)
+    last = write.cache.meta["val"].shape[-2] - 1
+    if isinstance(term, Complex) or term.op != "where" or last not in map(number, term.args[1:]):
+        return False
+    return not scene.live_without(leg.root, [write.node]) and all(
+        user is write.home or _leaves_out(user, last) for user in write.node.users
+    )
+
+
+def _leaves_out(user: fx.Node, last: int | torch.SymInt) -> bool:
+    """Is a reader a slice of the rows in front of the last one?"""
+    if user.target is not torch.ops.aten.slice.Tensor or len(user.args) < 4:
+        return False
+    source, axis, start, end = user.args[:4]
+    rank = source.meta["val"].dim()
+    fixed = isinstance(end, int) and isinstance(start, int) and isinstance(last, int)
+    return fixed and axis % rank == rank - 2 and start >= 0 and (end == -1 or 0 <= end <= last)
+
+
+def _candidate(scene: Scene, site: Site, numerics: str) -> Candidate:
+    leg = site.leg
+    write = leg.slots.write if leg.slots else None
+    keep = write is None or scene.live_without(leg.root, [write.node])
+    names = site.nodes()
+    inputs = tuple(dict.fromkeys(names.values()))
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = {name: tensors[inputs.index(node)] for name, node in names.items()}
+        out = _call(site, given, numerics, keep)
+        return (restore(out, leg.order, leg.root.meta["val"].dim()),) if keep else ()
+
+    return Candidate(
+        NAME,
+        leg.root,
+        inputs,
+        call,
+        (leg.root,) if keep else (),
+        (write.cache,) if write else (),
+        (write.node,) if write else (),
+        site.places(),
+        variant=_variant(site),
+        judged="eager" if leg.quant else "exact",  # a sum over a window, in another order
+        tokens=token_count(leg.root, leg.order),
+        unsupported=_unsupported(site),
+        loose=leg.loose | site.pool.env.loose,
+        detail=_detail(site),
+    )
+
+
+def _unsupported(site: Site) -> str | None:
+    names = site.nodes()
+    cache = names.pop("cache", None)
+    if cache is not None and cache in names.values():
+        return "The rows that are pooled lie in the cache that the entries are written to."
+    return divides_by_product(site.leg.quant.arguments) if site.leg.quant else None
+
+
+def _variant(site: Site) -> str:
+    rows = int(site.pool.kv.node.meta["val"].shape[-2])
+    wide = "wide" if rows > 8 else "narrow"
+    return f"{wide} {'ring' if isinstance(site.windows.now.kv, Gathered) else 'rows'}"
+
+
+def _detail(site: Site) -> dict[str, object]:
+    leg, found = site.leg, site.windows
+    before = " with the window before" * (found.before is not None)
+    steps = ["gather" * isinstance(found.now.kv, Gathered)]
+    steps += [f"pool{before} ({site.pool.arguments['rounding']})"]
+    steps += [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
+    steps += [leg.quant and "fake quant", leg.slots and "cache write"]
+    spare = "; entries for the cache's spare last row are not computed" * site.spare
+    return {"parts": " → ".join(s for s in steps if s) + spare}
+
+
+def _gather(
+    half: Half, given: dict[str, Tensor], width: int
+) -> tuple[Tensor | None, Tensor | None, torch.Size | None]:
+    """(ends, page, the two sizes ends have) of windows that are gathered."""
+    rows = half.kv
+    if not isinstance(rows, Gathered):
+        return None, None, None
+    last = rows.first + width - 1
+    ends = _tokens(given["ends"], rows.ends)
+    page = _tokens(given["page"], rows.page) if rows.page else None
+    shape = ends.shape if page is None else torch.broadcast_shapes(ends.shape, page.shape)
+    return (ends + last if last else ends), page, shape
+
+
+def _tokens(t: Tensor, bound: Bound) -> Tensor:
+    """A tensor ``[batch, entries]``, one where it has no such axis."""
+    return arrange(t, bound, (0, 1)).squeeze(-1)
+
+
+def _rows(rows: Seen | Gathered, t: Tensor, dim: int) -> Tensor:
+    return t.narrow(-1, rows.channel, dim) if isinstance(rows, Gathered) else rows.shown(t)
+
+
+def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Tensor:
+    """The fused op on the bound tensors."""
+    leg, found = site.leg, site.windows
+    dim = leg.root.meta["val"].shape[-1]
+    cos, sin = (arrange(given[n], getattr(leg, n), leg.order) for n in ("cos", "sin"))
+    arguments = _arguments(site, numerics)
+    ends, page, own = _gather(found.now, given, arguments["width"])
+    tensors: dict[str, Tensor | None] = dict.fromkeys(("bias", "bias_before"))
+    for suffix, half in (("", found.now), ("_before", found.before)):
+        for name in ("kv", "gate"):
+            rows = getattr(half, name, None)
+            tensors[name + suffix] = rows and _rows(rows, given[name + suffix], dim)
+        if half is not None and half.bias is not None:
+            tensors["bias" + suffix] = half.bias.shown(given["bias" + suffix])[0, 0]
+    tokens = torch.broadcast_shapes(own or tensors["kv"].shape[:2], cos.shape[:2], sin.shape[:2])
+    cos, sin = (t.expand(*tokens, -1) for t in (cos, sin))
+    ends, page = (None if t is None else t.expand(*tokens) for t in (ends, page))
+    order = ("kv", "gate", "kv_before", "gate_before", "bias", "bias_before")
+    positional = [*(tensors[n] for n in order), given.get("weight"), cos, sin, ends, page]
+    ops = torch.ops.dsv4fuse
+    if leg.slots is None:
+        return ops.compress_kv(*positional, **arguments)
+    place = leg.slots.arguments(given, tokens)
+    return ops.compress_kv_cache(
+        *positional, given["cache"], place.pop("slot"), place.pop("seq"), **place, **arguments,
+        keep=keep, spare=site.spare,
+    )  # fmt: skip
+
+
+def _arguments(site: Site, numerics: str) -> dict[str, Any]:
+    leg, found = site.leg, site.windows
+    rows = int(site.pool.kv.node.meta["val"].shape[-2])
+    gathered = found.now.kv if isinstance(found.now.kv, Gathered) else None
+    return {
+        "width": rows // 2 if found.before is not None else rows,
+        "ring": gathered.ring if gathered else 0,
+        "shifted": found.shifted,
+        "masked": found.before is not None and found.before.masked,
+        "narrow_bias": found.now.narrow,
+        "pool_rounding": site.pool.arguments["rounding"],
+        "pool_dtype": site.pool.node.meta["val"].dtype,
+        "eps": leg.norm.scalar("eps") if leg.norm else 0.0,
+        "norm": leg.norm.arguments["rounding"] if leg.norm else "none",
+        "rope_rounding": leg.rope.arguments["rounding"],
+        "precise": numerics == "precise",
+        **quant_arguments(leg),
+    }
+
+
+EXAMPLES = {
+    f"{kind} {rows}": partial(example, kind=kind)
+    for kind in EXAMPLE_ROWS
+    for rows, example in (("rows", prefill), ("ring", decode))
+}
+FUSION = Fusion(NAME, find, (POOL,), EXAMPLES)

@@ -1,0 +1,224 @@
+"""The lightning indexer's queries: rope [→ rotation by a matrix] [→ fp8 quant or fake quant].
+
+Scope: q ``[.., H, D]`` turned on the trailing interleaved pairs, then at least one step more: a
+product with a square matrix that the graph holds (DeepSeek's Hadamard rotation, as ``q @ m`` or a
+linear layer, scaled or not), codes and scales in groups, or q through fp8 and back. Rope alone is
+``norm_rope_cache``. Head weights that take q's scale stay outside: they are one product a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import atoms, rules
+from dsv4fuse.chains import Quantised, divides_by_product, quantised
+from dsv4fuse.contract import Operand, product
+from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
+from dsv4fuse.layout import Order, arrange, head_order, token_count
+from dsv4fuse.match import Bound, Hole
+from dsv4fuse.scene import Atom, Hit, Scene, Spec
+from dsv4fuse.specs import ROPE, lanes, quantiser
+from dsv4fuse.terms import Complex, Term
+from dsv4fuse.trace import ROWS
+
+from ._seats import Seat, placed, seats
+
+NAME = "indexer_q"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """``(x @ matrix) * factor`` at ``node``; the matrix's axes are its columns and the summed."""
+
+    node: fx.Node
+    x: fx.Node
+    matrix: Seat
+    factor: float
+
+
+def _fake(node: fx.Node, root: Term) -> Iterator[Spec]:
+    width = lanes(node)
+    found = quantiser(root) if width is not None and root.op == "cast" else None
+    if width is None or found is None or width % found.group:
+        return
+    hole = (Hole("x", (ROWS, width)), node.meta["val"].dtype)
+    for names, fixed in found.encoded():
+        yield Spec((hole,), names, fixed)
+
+
+FAKE = Atom("fake_quant", atoms.fake_quant, _fake, frozenset({"fold", "cast", "abs"}))
+
+
+def find(scene: Scene, numerics: str) -> list[Candidate]:
+    """Every place of this fusion in a graph."""
+    ropes = [(h, order) for h in scene.outermost(ROPE) if (order := _order(h))]
+    turns = {t.x: t for t in _turns(scene)} if ropes else {}
+    ends = {h.node: turns[h.node].node if h.node in turns else h.node for h, _ in ropes}
+    # A rotated value is made of pieces; its quantiser is looked for behind the whole of it.
+    behind = Scene(scene.graph, ends.values())
+    quants = quantised(behind) if ropes else []
+    fakes = behind.outermost(FAKE) if ropes else []
+    found = []
+    for hit, order in ropes:
+        turn, last = turns.get(hit.node), ends[hit.node]
+        quant = next((q for q in quants if _whole(q, last)), None)
+        fake = next((f for f in fakes if f.x.node is last and _plain(f.x)), None)
+        if fake and quant and not scene.live_without(quant.codes.node, [fake.node]):
+            quant = None
+        if turn or quant or fake:
+            found.append(_candidate(hit, order, turn, quant, fake, numerics))
+    return found
+
+
+def _order(hit: Hit) -> Order | None:
+    """Batch, sequence, heads, where they stand in this order."""
+    order = head_order(hit.x, hit.cos)
+    if order is None or len(order) != 3:
+        return None
+    held = [a for a in order if a is not None]
+    shape = hit.node.meta["val"].shape
+    rest = [n for a, n in enumerate(shape[:-1]) if a not in held]
+    return order if held == sorted(held) and all(n == 1 for n in rest) else None
+
+
+def _plain(x: Bound) -> bool:
+    return all(r is None or r == i for i, r in enumerate(x.rows))
+
+
+def _whole(quant: Quantised, node: fx.Node) -> bool:
+    """Are these the codes of this value, as it lies there?"""
+    codes, value = quant.codes.node.meta["val"], node.meta["val"]
+    blocked = bool(quant.codes.arguments["blocked"])
+    same = codes.dim() == value.dim() + blocked and codes.dtype == atoms.FP8
+    return same and quant.x.node is node and _plain(quant.x)
+
+
+def _turns(scene: Scene) -> Iterator[Turn]:
+    """Every product of a value with a square matrix over its last axis, the latest node last."""
+    for node in scene.nodes:
+        term, rank = scene.low.term(node), node.meta["val"].dim()
+        if isinstance(term, Complex) or rank < 3:
+            continue
+        dtype = term.dtype
+        inner = term.args[0] if term.op == "cast" else term
+        base, factor = _scaled(inner)
+        c = product(scene, base, rank, node)
+        if c is None or (term.op == "cast" and base.dtype != torch.float32):
+            continue
+        for x, m in ((c.left, c.right), (c.right, c.left)):
+            source, matrix = _lanes(x, rank), _square(m, rank)
+            if source is None or matrix is None or source.meta["val"].dtype != dtype:
+                continue
+            if matrix.node.meta["val"].dtype in (dtype, torch.float32):
+                yield Turn(node, source, matrix, factor)
+
+
+def _scaled(t: Term) -> tuple[Term, float]:
+    if t.op == "mul":
+        for x, c in (t.args, t.args[::-1]):
+            value = rules.number(c)
+            if value is not None:
+                return x, value
+    return t, 1.0
+
+
+def _lanes(operand: Operand, rank: int) -> fx.Node | None:
+    """The node whose rows are the product's and whose lanes are summed."""
+    wanted = (*range(rank - 1), rank)
+    found = (s.node for s in seats(operand) if tuple(
+        i if a is None else a for i, a in enumerate(s.axes)) == wanted)  # fmt: skip
+    return next(found, None)
+
+
+def _square(operand: Operand, rank: int) -> Seat | None:
+    found = (s for s in seats(operand) if sorted(map(str, s.axes)) == [str(rank - 1), str(rank)])
+    return next((s for s in found if len(set(s.node.meta["val"].shape)) == 1), None)
+
+
+def _candidate(
+    hit: Hit, order: Order, turn: Turn | None, quant: Quantised | None, fake: Hit | None,
+    numerics: str,
+) -> Candidate:  # fmt: skip
+    bounds = {name: hit.env.holes[name] for name in ("x", "cos", "sin")}
+    nodes = [b.node for b in bounds.values()] + ([turn.matrix.node] if turn else [])
+    inputs = tuple(dict.fromkeys(nodes))
+    step = quant.codes if quant else fake
+    how = _arguments(hit, turn, step) | {"precise": numerics == "precise"}
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = {name: tensors[inputs.index(b.node)] for name, b in bounds.items()}
+        matrix = tensors[inputs.index(turn.matrix.node)] if turn else None
+        return _call(hit, order, turn, quant, given, matrix, how)
+
+    outputs = quant.outputs if quant else ((fake.node if fake else turn.node),)  # type: ignore
+    kinds = ["rope", "matrix" * (turn is not None), "fp8 quant" * (quant is not None)]
+    kinds += ["fake quant" * (quant is None and fake is not None)]
+    loose = hit.env.loose | (step.env.loose if step else frozenset())
+    return Candidate(
+        NAME,
+        outputs[0],
+        inputs,
+        call,
+        outputs,
+        variant="quant" if quant else "fake" if fake else "plain",
+        tokens=token_count(hit.node, order),
+        unsupported=divides_by_product(step.arguments) if step else None,
+        loose=loose | ({"order of the sums"} if turn else frozenset()),
+        detail={"parts": " → ".join(k for k in kinds if k)},
+    )
+
+
+def _arguments(hit: Hit, turn: Turn | None, step: Hit | None) -> dict[str, Any]:
+    """What the fused op is told besides its tensors."""
+    how = {"rope_rounding": hit.arguments["rounding"], "factor": turn.factor if turn else 1.0}
+    if step is not None:
+        how |= {k: step.arguments[k] for k in ("group", "scale", "via")}
+        how["floor"] = step.env.scalars.get("floor", 0.0)
+    return how
+
+
+def _call(
+    hit: Hit, order: Order, turn: Turn | None, quant: Quantised | None, given: dict[str, Tensor],
+    matrix: Tensor | None, how: dict[str, Any],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rank = hit.node.meta["val"].dim()
+    x = arrange(given["x"], hit.x, order)
+    cos, sin = (
+        arrange(given[n], hit.env.holes[n], order[:2]).expand(*x.shape[:2], -1)
+        for n in ("cos", "sin")
+    )
+    if turn is not None and matrix is not None:
+        matrix = placed(matrix, turn.matrix.axes, (rank, rank - 1))
+    held = dict(zip(order, x.shape, strict=False))
+    shape = [*(held.get(a, 1) for a in range(rank - 1)), x.shape[-1]]
+    ops = torch.ops.dsv4fuse
+    if quant is None:
+        return (ops.indexer_q(x, cos, sin, matrix, **how).view(shape),)
+    return quant.shaped(*ops.indexer_q_quant(x, cos, sin, matrix, **how), shape)
+
+
+def example(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
+    """q ``[T, H, 128]`` bf16 of integers, turned by no angle, so that every sum is exact."""
+
+    def fn(x: Tensor, cos: Tensor, sin: Tensor, m: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = atoms.rope(x, cos.unsqueeze(1), sin.unsqueeze(1), rounding="once")
+        if kind == "quant":
+            return atoms.group_quant(x, group=128, floor=1e-4, scale="pow2")
+        x = torch.matmul(x, m) * 128**-0.5
+        return atoms.fake_quant(x, group=32, floor=1e-4, scale="pow2") if kind == "fake" else x
+
+    x = torch.randint(-3, 4, (tokens, min(sizes.heads, 64), 128), device=device).bfloat16()
+    cos = torch.ones(tokens, sizes.rope_dim // 2, device=device)
+    m = (torch.randint(0, 2, (128, 128), device=device) * 2 - 1).bfloat16()
+    written = x.numel() + x.numel() // 32 if kind == "quant" else x.nbytes
+    return Example(fn, (x, cos, torch.zeros_like(cos), m), x.nbytes + written + 2 * cos.nbytes)
+
+
+EXAMPLES = {kind: partial(example, kind=kind) for kind in ("plain", "fake", "quant")}
+FUSION = Fusion(NAME, find, (FAKE,), EXAMPLES)

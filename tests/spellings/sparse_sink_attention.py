@@ -1,0 +1,146 @@
+"""Attention with a sink over keys that an index chooses for each query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.deepseek_v4.attention import sink_attention as ours
+
+from . import _attentions
+from ._attentions import SCALE
+from ._case import FP32, Case, Draw, plain
+
+NAME = "sparse_sink_attention"
+BATCH, SEQ, HEADS, ROWS, CHOSEN, NEAR, DIM = 2, 5, 4, 13, 7, 6, 32
+Fn = Callable[..., Any]
+
+
+def inputs(
+    sizes: tuple[int, int] = (BATCH, SEQ), index: torch.dtype = torch.int64, none: bool = True
+) -> Callable[[], tuple[Tensor, ...]]:
+    """q ``[B,S,H,D]``, kv ``[B,N,D]``, index ``[B,S,K]`` (negative: none), sinks ``[H]``."""
+
+    def make() -> tuple[Tensor, ...]:
+        draw, (b, s) = Draw(), sizes
+        q, kv = draw(b, s, HEADS, DIM), draw(b, ROWS, DIM)
+        at = torch.rand(b, s, ROWS, generator=draw.generator).topk(CHOSEN, -1).indices
+        if none:
+            at[..., ::3] = -1
+            at[:, 0] = -1  # a query without keys
+        return q, kv, at.to(index), draw(HEADS, dtype=FP32)
+
+    return make
+
+
+def _attend(q: Tensor, keys: Tensor, hidden: Tensor, sinks: Tensor, weigh: Fn) -> Tensor:
+    """keys ``[B,S,K,D]``, hidden ``[B,S,K]``."""
+    s = torch.einsum("bshd,bskd->bshk", q, keys).float() * SCALE
+    s = s.masked_fill(hidden.unsqueeze(2), float("-inf"))
+    w = weigh(s, sinks.view(1, 1, -1, 1)).to(keys.dtype)
+    return torch.einsum("bshk,bskd->bshd", w, keys)
+
+
+def by_gather(weigh: Fn = _attentions.cat_softmax, values: Fn = lambda k: k) -> Fn:
+    """DeepSeek's reference: rows gathered where the index is one, hidden where it is negative."""
+
+    def fn(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+        b, s, k = index.shape
+        at = index.clamp(min=0).unsqueeze(-1).expand(b, s, k, kv.shape[-1])
+        keys = torch.gather(kv.unsqueeze(1).expand(-1, s, -1, -1), 2, at)
+        return _attend(q, values(keys), index < 0, sinks, weigh)
+
+    return fn
+
+
+def by_index(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+    rows = torch.arange(kv.shape[0])[:, None, None]
+    return _attend(q, kv[rows, index], index < 0, sinks, _attentions.cat_softmax)
+
+
+def from_pool(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+    """One pool of rows for all requests."""
+    return _attend(q, kv.flatten(0, 1)[index], index < 0, sinks, _attentions.cat_softmax)
+
+
+def behind_window(order: Fn = lambda near, far: (near, far), own: bool = False) -> Fn:
+    """This project's decode step: the window's keys, then the chosen entries."""
+
+    def fn(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+        near, entries = kv[:, None, :NEAR], kv[:, NEAR:]
+        rows = torch.arange(kv.shape[0]).unsqueeze(-1)
+        count = entries.shape[1]
+        at = torch.where(index < count, index, 0)
+        far = entries[rows.unsqueeze(-1), at]
+        beside = near.expand(-1, q.shape[1], -1, -1)
+        beside = beside + torch.arange(q.shape[1])[:, None, None] if own else beside
+        keys = torch.cat(order(beside, far), dim=2)
+        seen = torch.cat((torch.ones(*index.shape[:2], NEAR, dtype=torch.bool), index >= 0), -1)
+        return ours(q, keys.to(q.dtype), seen, sinks)
+
+    return fn
+
+
+def masked_by_value(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+    """An additive mask, and scores by matmul."""
+    b, s, k = index.shape
+    at = index.clamp_min(0).reshape(b, -1, 1).expand(-1, -1, kv.shape[-1])
+    keys = kv.gather(1, at).view(b, s, k, -1)
+    scores = torch.matmul(q, keys.transpose(-1, -2)).float() * SCALE
+    scores = scores + torch.where(index < 0, float("-inf"), 0.0).unsqueeze(2)
+    w = _attentions.cat_softmax(scores, sinks[:, None])
+    return torch.matmul(w.to(keys.dtype), keys)
+
+
+def wide(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+    """fp32 from the products on."""
+    rows = torch.arange(kv.shape[0])[:, None, None]
+    keys = kv[rows, index].float()
+    return _attend(q.float(), keys, index < 0, sinks, _attentions.cat_softmax).to(q.dtype)
+
+
+def _case(fn: Fn, make: Fn | None = None, *parts: str, **more: Any) -> Case:
+    return Case(
+        plain(fn), make or inputs(), **{
+            "counts": {NAME: 1}, "parts": parts or ("softmax with a sink",), "exact": False, **more
+        },
+    )  # fmt: skip
+
+
+SPELLINGS: dict[str, Case] = {
+    "by gather": _case(by_gather()),
+    "by gather: greatest": _case(by_gather(_attentions.by_greatest)),
+    "by gather: logsumexp": _case(by_gather(_attentions.by_logsumexp), inputs(none=False)),
+    "by gather: one token": _case(by_gather(), inputs((3, 1))),
+    "by gather: one request": _case(by_gather(), inputs((1, 4))),
+    "by index": _case(by_index),
+    "by index: int32": _case(by_index, inputs(index=torch.int32)),
+    "from a pool": _case(from_pool),
+    "behind the window": _case(behind_window()),
+    "behind the window: one token": _case(behind_window(), inputs((3, 1))),
+    "fp32 products": _case(wide),
+}
+
+_LIKE, _WINDOW = SPELLINGS["by gather"], SPELLINGS["behind the window"]
+DENSE = {"sink_attention": 1}  # what is left of it: keys of each query's own
+MUTANTS: dict[str, Case] = {
+    f"weights: {name}": Case(plain(by_gather(weigh)), inputs(), {}, exact=False, like=_LIKE)
+    for name, weigh in _attentions.WEIGHT_MUTANTS.items()
+}
+MUTANTS |= {
+    "the gathered keys are scaled": _case(
+        by_gather(values=lambda k: k * 1.5), counts=DENSE, like=_LIKE
+    ),
+    "chosen entries in front": _case(
+        behind_window(lambda near, far: (far, near)), counts=DENSE, like=_WINDOW
+    ),
+    "a window of each query's own": _case(behind_window(own=True), counts=DENSE, like=_WINDOW),
+}
+KNOWN_MISSES: dict[str, Case] = {
+    "additive, one gather of all": _case(
+        masked_by_value, why="Queries are merged in the gathered axis; taken as own keys."
+    ),
+}

@@ -1,0 +1,139 @@
+"""The benchmark's bookkeeping: what is measured, written, read back, drawn and refused.
+
+The times themselves are a GPU's; one test there runs it as people do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsv4fuse import bench
+from dsv4fuse.__main__ import app
+from dsv4fuse.fusion import Example, registry
+from dsv4fuse.report import FusionError
+
+MADE_ON = {"gpu": "a GPU", "capability": [9, 0], "torch": "2", "triton": "3", "date": "today"}
+NAMES = [n for n, f in registry().items() if f.examples]
+
+
+def row(fusion="f", variant="v", tokens=1, **more):
+    return bench.Row(fusion, variant, "flash", tokens, **{
+        "inductor": 4.0, "ours": 2.0, "floor": 1.0, "agrees": True, **more})  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU that is not there: each site takes 4 and 2 µs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "environment", lambda: MADE_ON)
+    calls = []
+
+    def measure(fusion, variant, model, tokens):
+        calls.append((fusion.name, variant, model, tokens))
+        if tokens == 13:
+            raise FusionError("Expected 1 site.\nand more")
+        return row(fusion.name, variant, tokens, agrees=tokens != 17)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    return calls
+
+
+def test_every_variant_of_every_fusion(machine):
+    result = run("--tokens", "1,64", "--model", "pro")
+    assert result.exit_code == 0, result.output
+    variants = [(n, v) for n in NAMES for v in registry()[n].examples]
+    assert machine == [(n, v, "pro", t) for n, v in variants for t in (1, 64)]
+    assert "host_sync" not in result.output and "ratio" in result.output
+
+
+def test_json_for_a_folder_and_for_a_file(machine, tmp_path):
+    name = NAMES[0]
+    assert run(name, "--tokens", "1,8", "--json", tmp_path / "into").exit_code == 0
+    data = json.loads((tmp_path / "into" / f"{name}.json").read_text())
+    assert [r["tokens"] for r in data["rows"]][:2] == [1, 8] and data["capability"] == [9, 0]
+    assert {"variant", "inductor", "ours", "floor", "agrees"} <= set(data["rows"][0])
+    assert [p.name for p in (tmp_path / "into").iterdir()] == [f"{name}.json"]
+    assert run("--tokens", "1", "--json", tmp_path / "all.json").exit_code == 0
+    rows, made_on = bench.load(tmp_path / "all.json")
+    assert {r.fusion for r in rows} == set(NAMES) and made_on["gpu"] == "a GPU"
+
+
+def test_measurements_in_the_tree_are_read():
+    """Those beside the kernels, whatever columns their version of the benchmark wrote."""
+    folder = bench.pathlib.Path(__file__).parents[1] / "kernels"
+    files = [f for f in folder.glob("*.json") if f.stem in NAMES]
+    assert files
+    for file in files:
+        rows, made_on = bench.load(file)
+        assert rows and {r.fusion for r in rows} == {file.stem} and made_on["gpu"]
+
+
+def test_what_goes_wrong_is_said_at_the_end(machine):
+    result = run(NAMES[0], "--tokens", "1,13,17")
+    assert result.exit_code == 1
+    assert "at 13 tokens: Expected 1 site." in result.stderr and "and more" not in result.stderr
+    assert "at 17 tokens differs from eager" in result.stderr and "WRONG" in result.stdout
+    assert len([c for c in machine if c[3] == 17]) == len(registry()[NAMES[0]].examples)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nope"], "There is no 'nope' here, only"), (["--model", "huge"], "There is no 'huge'"),
+    (["--tokens", "1,x"], "positive numbers"), (["--tokens", "0"], "positive numbers"),
+    (["--from", "absent.json"], "absent.json"),
+])  # fmt: skip
+def test_what_is_refused(machine, arguments, says):
+    result = run(*arguments)
+    assert result.exit_code == 2 and says in result.stderr and not machine
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run()
+    assert result.exit_code == 2 and "There is no GPU here" in result.stderr
+
+
+def test_a_damaged_file(tmp_path):
+    for text in ("[]", '{"gpu": 1}', '{"rows": [{"fusion": "f"}]}', "{"):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError):
+            bench.load(tmp_path / "x.json")
+
+
+def test_floor_by_bytes_and_by_operations():
+    gpu = "NVIDIA H200"
+    assert bench.floor(Example(print, (), 4_260_000), gpu) == pytest.approx(1.0)
+    assert bench.floor(Example(print, (), 4_260_000, flops=1978 * 10**6), gpu) == pytest.approx(2.0)
+    assert bench.floor(Example(print, (), 1), "another GPU") is None
+
+
+def test_close():
+    x = torch.tensor([[1.0, 100.0]])
+    assert bench._close(x, x * (1 + 1e-7), 0.0) and not bench._close(x, x * 1.001, 0.0)
+    assert bench._close(x, x * 1.001, 0.002)
+    assert bench._close(x.long(), x.long(), 0.0) and not bench._close(x.long(), x.long() + 1, 9.0)
+
+
+def test_plot_of_what_was_measured(machine, tmp_path):
+    assert run("--tokens", "1,64", "--json", tmp_path / "all.json").exit_code == 0
+    picture = tmp_path / "times.png"
+    result = run("--from", tmp_path / "all.json", "--plot", picture)
+    if importlib.util.find_spec("matplotlib") is None:
+        assert result.exit_code == 2 and "dsv4fuse[bench]" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_one_fusion_on_a_gpu():
+    made = bench.measure(registry()["moe_router"], "topk", "flash", 64)
+    assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0

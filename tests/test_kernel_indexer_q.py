@@ -1,0 +1,126 @@
+"""indexer_q and indexer_q_quant: equal to their definition byte by byte where sums are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dsv4fuse.kernels import indexer_q as m
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv4fuse import atoms
+
+from ._kernels import BF16, DEVICE, FP16, FP32, MARKS, TOKENS, rand, same, tables
+
+pytestmark = MARKS
+
+
+def rotation(d: int, dtype: torch.dtype = BF16) -> Tensor:
+    """A Hadamard matrix with its rows in another order: not its own transpose."""
+    h = torch.ones(1, 1)
+    while h.shape[0] < d:
+        h = torch.kron(h, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    return h.roll(1, 0).to(dtype).to(DEVICE)
+
+
+def turned(
+    x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, factor: float = 1.0
+) -> Tensor:
+    """rope and rotation from their definition; the sum in fp64, rounded as the module rounds."""
+    y = atoms.rope(x, cos.unsqueeze(2), sin.unsqueeze(2), rounding="once")
+    if matrix is None:
+        return y
+    y = (y.double() @ matrix.double()).to(matrix.dtype)
+    return (y * factor).to(x.dtype)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 4, 5, 128])
+def test_quant_at_every_token_count(tokens):
+    x, (cos, sin) = rand(1, tokens, 3, 64), tables(1, tokens, 32)
+    got = m.indexer_q_quant(x, cos, sin, group=64, rope_rounding="once")
+    want = atoms.group_quant(turned(x, cos, sin, None), group=64, floor=1e-4, scale="pow2")
+    same(got[0], want[0])
+    same(got[1], want[1])
+
+
+@pytest.mark.parametrize("scale, via", [("fp32", "div"), ("pow2", "mul"), ("pow2", "div")])
+@pytest.mark.parametrize("group", [32, 128])
+def test_fake_quant(scale, via, group):
+    """With NaN, infinity, zeros; small blocks under the floor."""
+    x, (cos, sin) = rand(2, 3, 5, 128), tables(2, 3, 64)
+    x[0, 0, 0, 3], x[0, 1, 2, 99], x[1, 0] = float("nan"), float("inf"), 0.0
+    x[1, 1] *= 1e-6
+    kw = dict(group=group, floor=1e-4, scale=scale, via=via)
+    got = m.indexer_q(x, cos, sin, rope_rounding="once", **kw)
+    same(got, atoms.fake_quant(turned(x, cos, sin, None), **kw))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_rotation_is_exact_on_integers(dtype, wide):
+    """No angle and integers: the product has no order; its rounding and the factor's show."""
+    x = torch.randint(-99, 100, (2, 5, 3, 64), device=DEVICE).to(dtype)
+    cos, sin = torch.ones(2, 5, 16, device=DEVICE), torch.zeros(2, 5, 16, device=DEVICE)
+    matrix = rotation(64, FP32 if wide else dtype)
+    got = m.indexer_q(x, cos, sin, matrix, factor=0.29, rope_rounding="once")
+    y = turned(x, cos, sin, matrix, 0.29)
+    same(got, y)
+    kw = dict(group=32, floor=1e-4, scale="pow2")
+    got = m.indexer_q_quant(x, cos, sin, matrix.mT.contiguous().mT, factor=0.29,
+                            rope_rounding="once", **kw)  # fmt: skip
+    want = atoms.group_quant(y, **kw)
+    same(got[0], want[0])
+    same(got[1], want[1])
+
+
+def test_precise_rotation_is_near_fp64():
+    x, (cos, sin) = rand(1, 9, 4, 128), tables(1, 9, 64)
+    matrix = rotation(128)
+    got = m.indexer_q(x, cos, sin, matrix, factor=0.088, rope_rounding="once", precise=True)
+    y = atoms.rope(x.double(), cos.double().unsqueeze(2), sin.double().unsqueeze(2),
+                   rounding="every")  # fmt: skip
+    want = (y @ matrix.double()) * 0.088
+    error = (got.double() - want).abs()
+    assert (error <= want.abs() * 2.0**-8 + 1e-5).all()  # half a step of bf16
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "complex", "expanded"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_strides(kind, heads_first):
+    x = rand(2, 3, 4, 64).transpose(1, 2) if heads_first else rand(2, 4, 3, 64)
+    cos, sin = tables(2, 4, 32, kind)
+    got = m.indexer_q(x, cos, sin, rope_rounding="once")
+    want = atoms.rope(x, cos.unsqueeze(2), sin.unsqueeze(2), rounding="once").contiguous()
+    same(got, want)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_nothing_to_do(shape):
+    x, (cos, sin) = rand(*shape, 64), tables(*shape[:2], 32)
+    codes, scales = m.indexer_q_quant(x, cos, sin, group=32, rope_rounding="once")
+    assert codes.shape == x.shape and scales.shape == (*shape, 2)
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.sampled_from([16, 64]))
+def test_any_shape(batch, length, heads, d):
+    x, (cos, sin) = rand(batch, length, heads, d), tables(batch, length, 16)
+    got = m.indexer_q_quant(x, cos, sin, group=16, scale="fp32", rope_rounding="once")
+    want = atoms.group_quant(turned(x, cos, sin, None), group=16, floor=1e-4, scale="fp32")
+    same(got[0], want[0])
+    same(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(d=48), "head_dim 48 is no power of two"),
+        (dict(group=48), "groups of 48 do not divide 64"),
+        (dict(matrix=torch.ones(64, 32)), "the matrix must be 64 by 64"),
+    ],
+)
+def test_what_it_does_not_take(change, sentence):
+    x, (cos, sin) = rand(1, 2, 3, change.pop("d", 64)), tables(1, 2, 16)
+    with pytest.raises(ValueError, match=sentence):
+        m.indexer_q(x, cos, sin, rope_rounding="once", **change)

@@ -1,0 +1,93 @@
+"""``select="measure"``: the site itself decides, and what was measured is remembered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsv4fuse
+from dsv4fuse import cache, measure, select
+from dsv4fuse.fusion import Sizes, registry
+
+SIZES = Sizes(inter=128)
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(dsv4fuse.verify, "_verified", {})
+    return tmp_path / "dsv4fuse"
+
+
+def explained():
+    made = registry()["clamp_swiglu_quant"].examples["plain"](3, SIZES, "cpu")
+    with torch.no_grad():
+        report = dsv4fuse.explain(made.fn, *made.inputs, options={"select": "measure"})
+    (site,) = report.sites
+    return site
+
+
+def choose(monkeypatch, inductor: float, ours: float) -> list[object]:
+    """The stopwatch replaced; what it was asked to time."""
+    asked, answers = [], iter([inductor, ours])
+
+    def stopwatch(fn, inputs):
+        asked.append([t.clone() for t in inputs])
+        fn(*inputs)  # both must run on the inputs given
+        return next(answers)
+
+    monkeypatch.setattr(measure, "_time", stopwatch)
+    return asked
+
+
+def test_the_faster_one_is_taken(monkeypatch):
+    asked = choose(monkeypatch, 10.0, 2.5)
+    site = explained()
+    assert site.status == "taken" and "2.50 µs against Inductor's 10.00" in site.reason
+    assert site.detail["µs"] == {"inductor": 10.0, "ours": 2.5, "measured": "here"}
+    assert len(asked) == 2
+
+
+def test_the_slower_one_is_declined(monkeypatch):
+    choose(monkeypatch, 2.0, 2.05)
+    site = explained()
+    assert site.status == "declined" and "2.00 µs against 2.05 µs" in site.reason
+
+
+def test_times_are_remembered_for_the_next_process(monkeypatch, store):
+    asked = choose(monkeypatch, 10.0, 2.5)
+    explained()
+    assert len(list(store.glob("*.json"))) >= 1
+    monkeypatch.setattr(measure, "_known", {})  # as a new process would have it
+    torch._dynamo.reset()
+    assert explained().status == "taken"
+    assert len(asked) == 2, "nothing was measured again"
+
+
+def test_what_cannot_be_measured_is_left_to_inductor(monkeypatch):
+    def fails(fn, inputs):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(measure, "_time", fails)
+    site = explained()
+    assert site.status == "declined" and "out of registers" in site.reason
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"inductor": "fast", "ours": 1}', b"{}"])
+def test_a_damaged_file_of_times_is_measured_again(store, content):
+    cache.save_times("k", (1.0, 2.0))
+    assert cache.load_times("k") == (1.0, 2.0)
+    next(store.iterdir()).write_bytes(content)
+    assert cache.load_times("k") is None
+
+
+def test_a_tie_is_taken_and_two_percent_more_is_not():
+    assert select.compare((1.0, 1.02)).take and not select.compare((1.0, 1.03)).take
+
+
+@pytest.mark.slow
+def test_inductor_is_really_timed():
+    """With the real stopwatch on this machine: both times are there and positive."""
+    site = explained()
+    assert site.status in ("taken", "declined") and "µs" in site.reason
