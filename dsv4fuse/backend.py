@@ -92,7 +92,12 @@ def dsv4fuse(
         fusing = FusionPass(parsed, compat.configured_passes())
         key = _key(gm, example_inputs, fusing)
         compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
-        report = _recorded(fusing, key)
+        stored = None if fusing.report.graphs or key is None else cache.load_report(key)
+        if stored is None and not fusing.report.graphs:
+            # Inductor's cache was warm and says nothing of what lies in it.
+            with compat.without_caches():
+                compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
+        report = _recorded(fusing, stored, key)
         for site in report.with_status("rejected", "near-miss"):
             log.warning("%s at %s: %s", site.fusion, site.where, site.reason)
     broken = compat.graph_break(gm)
@@ -140,7 +145,9 @@ def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str |
     if identity is None:
         return None
     digest = hashlib.sha256(str(identity).encode())
-    digest.update(gm.print_readable(print_output=False).encode())
+    # The code without its comments: those hold file and line, which Inductor's key does not.
+    for module in gm.modules():
+        digest.update(module.code.encode() if isinstance(module, fx.GraphModule) else b"")
     for x in inputs:
         if isinstance(x, torch.Tensor):
             x = (tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
@@ -148,17 +155,14 @@ def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str |
     return digest.hexdigest()
 
 
-def _recorded(fusing: FusionPass, key: str | None) -> Report:
+def _recorded(fusing: FusionPass, stored: Report | None, key: str | None) -> Report:
     """The report of the pass, or the one of the process that filled Inductor's cache."""
-    if fusing.report.graphs:
-        if key is not None:
-            cache.save_report(key, fusing.report)
-        return fusing.report
-    stored = cache.load_report(key) if key is not None else None
-    if stored is None:
-        return Report(notes=["Inductor's cache was warm and no report was kept beside it."])
-    stored.notes.append("Read back from beside Inductor's cache, which was warm.")
-    return stored
+    if stored is not None:
+        stored.notes.append("Read back from beside Inductor's cache, which was warm: lines are as they were then.")
+        return stored
+    if key is not None:
+        cache.save_report(key, fusing.report)
+    return fusing.report
 
 
 def _remember(gm: fx.GraphModule, inputs: Sequence[Any], report: Report) -> None:

@@ -267,8 +267,8 @@ def test_by_name_in_two_processes_with_one_cache(checkout, tmp_path):
         "TRITON_INTERPRET": "0",
     }
 
-    def process(**options):
-        command = [sys.executable, "-c", PROCESS, json.dumps({"select": "always"} | options)]
+    def process(before="", **options):
+        command = [sys.executable, "-c", before + PROCESS, json.dumps({"select": "always"} | options)]
         done = subprocess.run(
             command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600
         )
@@ -277,6 +277,11 @@ def test_by_name_in_two_processes_with_one_cache(checkout, tmp_path):
 
     one = {"clamp_swiglu_quant": 1}
     assert process() == [one, [], 0]
-    warm = ["Read back from beside Inductor's cache, which was warm."]
+    warm = ["Read back from beside Inductor's cache, which was warm: lines are as they were then."]
     assert process() == [one, warm, 1]
     assert process(numerics="precise") == [one, [], 0], "other options, another program"
+    assert process("# moved down\n") == [one, warm, 1], "lines are no part of a program"
+    for kept in (tmp_path / "cache" / "dsv4fuse").glob("*.json"):
+        kept.unlink()
+    assert process() == [one, [], 1], "without a report, a warm cache is passed by"
+    assert process() == [one, warm, 1]
