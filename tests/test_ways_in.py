@@ -268,7 +268,8 @@ def test_by_name_in_two_processes_with_one_cache(checkout, tmp_path):
     }
 
     def process(before="", **options):
-        command = [sys.executable, "-c", before + PROCESS, json.dumps({"select": "always"} | options)]
+        given = json.dumps({"select": "always"} | options)
+        command = [sys.executable, "-c", before + PROCESS, given]
         done = subprocess.run(
             command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600
         )
