@@ -158,11 +158,14 @@ def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str |
 def _recorded(fusing: FusionPass, stored: Report | None, key: str | None) -> Report:
     """The report of the pass, or the one of the process that filled Inductor's cache."""
     if stored is not None:
-        stored.notes.append("Read back from beside Inductor's cache, which was warm: lines are as they were then.")
+        stored.notes.append(_WARM)
         return stored
     if key is not None:
         cache.save_report(key, fusing.report)
     return fusing.report
+
+
+_WARM = "Read back, since Inductor's cache was warm: lines are as they were when it was filled."
 
 
 def _remember(gm: fx.GraphModule, inputs: Sequence[Any], report: Report) -> None:
