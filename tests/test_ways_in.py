@@ -144,7 +144,8 @@ def test_a_mode_of_torch_compile_reaches_inductor(monkeypatch):
     for mode in (None, "reduce-overhead"):
         torch.compile(swiglu, backend=backend.dsv4fuse, mode=mode)(*inputs())
         torch._dynamo.reset()
-    without, reduced = patches
+    # Twice each: no report came of the first, as of a warm cache.
+    without, _, _, reduced = patches
     assert without.keys() == {"joint_custom_pre_pass"}
     assert reduced.keys() == {"joint_custom_pre_pass", "triton.cudagraphs"}
     assert reduced["triton.cudagraphs"] is True
