@@ -160,7 +160,7 @@ def _recorded(fusing: FusionPass, stored: Report | None, key: str | None) -> Rep
     if stored is not None:
         stored.notes.append(_WARM)
         return stored
-    if key is not None:
+    if key is not None and fusing.report.graphs:
         cache.save_report(key, fusing.report)
     return fusing.report
 
