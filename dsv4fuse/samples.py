@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate
+from dsv4fuse.views import VIEWS
 
 DRAWS = 20  # of random inputs, until the result of one is determined (no choice among equals)
 
@@ -18,12 +20,32 @@ def draw(candidate: Candidate, outer: list[fx.Node]) -> dict[fx.Node, Any] | Non
     """A sample of each leaf, such that some row of the outputs has only one right result."""
     for number in range(DRAWS):
         drawn = {candidate.like.get(n, n) for n in outer}
-        made = {n: sample(n, candidate, number) for n in drawn}
+        shown = {n: base for n in drawn if (base := shows(n, drawn)) is not None}
+        made = {n: sample(n, candidate, number) for n in drawn if n not in shown}
+        made |= {n: _view(n, made) for n in shown}
         made |= {n: made[candidate.like[n]] for n in outer if n in candidate.like}
         settled = candidate.settled
         if settled is None or settled(*(made[n] for n in candidate.inputs)).any():
             return made
     return None
+
+
+def shows(node: fx.Node, others: Collection[fx.Node]) -> fx.Node | None:
+    """That of the other nodes which node is a view of: it then holds the same values."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+        if node in others:
+            return node
+    return None
+
+
+def _view(node: fx.Node, made: dict[fx.Node, Any]) -> Any:
+    if node in made:
+        return made[node]
+    if not isinstance(node.meta["val"], Tensor | tuple | list):
+        return hint(node.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _view(n, made))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def leaves(candidate: Candidate, region: list[fx.Node]) -> list[fx.Node]:

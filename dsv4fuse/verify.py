@@ -138,6 +138,8 @@ def signature(candidate: Candidate, region: Iterable[fx.Node]) -> object:
         leaves = tuple(like(a) for a in node.all_input_nodes)
         rows.append((name(node), str(node.target), repr(args), leaves))
     inputs = tuple((name(n), like(n)) for n in candidate.inputs)
-    return (tuple(rows), inputs, str(sorted(candidate.detail.items())))
+    bases = [samples.shows(n, candidate.inputs) for n in candidate.inputs]
+    same = tuple(base and name(base) for base in bases)
+    return (tuple(rows), inputs, same, str(sorted(candidate.detail.items())))
 
 

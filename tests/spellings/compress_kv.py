@@ -80,6 +80,17 @@ SPELLINGS: dict[str, Case] = {
 }  # fmt: skip
 
 
+def of_products(kv: Tensor, gate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole windows of a product's rows: the window before is a slice of the same rows."""
+    one = torch.eye(kv.shape[-1], dtype=kv.dtype)
+    rows = (x.shape[1] // RATIO * RATIO for x in (kv, gate))
+    kv, gate = ((x @ one)[:, :n] for x, n in zip((kv, gate), rows, strict=True))
+    return _pools.hf(kv, gate, bias)
+
+
+SPELLINGS["of products"] = rows_case(of_products, inputs=rows_inputs(left=0))
+
+
 # ---- writes ------------------------------------------------------------------------------------
 
 
