@@ -112,14 +112,14 @@ class Scene:
             if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
         ]
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
-        self._operations: dict[Term, frozenset[str]] = {}
+        self._contents: dict[Term, frozenset[str | torch.dtype]] = {}
         self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         # In the graph's order no read goes deeper than one node: residual streams chain all layers.
         self._shown: dict[Term, list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
             term = self.low.term(node)
             if isinstance(term, Term):
-                self.operations(term)
+                self.contents(term)
                 self._shown[term].append(node)
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
@@ -135,10 +135,12 @@ class Scene:
 
     def _try(self, atom: Atom, node: fx.Node) -> Hit | None:
         root = self.low.term(node)
-        if isinstance(root, Complex) or not atom.needs <= self.operations(root):
+        if isinstance(root, Complex) or not atom.needs <= self.contents(root):
             return None
         missed: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         for spec in atom.specs(node, root):
+            if not {dtype for _, dtype in spec.holes} <= self.contents(root):
+                continue  # nothing in there could fill the hole, and each try costs a trace
             pattern = trace.pattern(
                 atom.name, atom.reference, spec.holes, spec.scalars, spec.arguments,
                 spec.round_scalars,
@@ -151,12 +153,12 @@ class Scene:
         self.misses += sorted(missed, key=lambda m: -m[3].score)[:NEAREST]
         return None
 
-    def operations(self, term: Term) -> frozenset[str]:
-        """The names of all operations in a term."""
-        known = self._operations.get(term)
+    def contents(self, term: Term) -> frozenset[str | torch.dtype]:
+        """The names of all operations in a term, and all dtypes."""
+        known = self._contents.get(term)
         if known is None:
-            inner = (self.operations(a) for a in term.args if isinstance(a, Term))
-            known = self._operations[term] = frozenset((term.op,)).union(*inner)
+            inner = (self.contents(a) for a in term.args if isinstance(a, Term))
+            known = self._contents[term] = frozenset((term.op, term.dtype)).union(*inner)
         return known
 
     def first(self, node: fx.Node) -> bool:

@@ -35,8 +35,9 @@ def _rms_norm(node: fx.Node, root: Term) -> Iterator[Spec]:
     sources = (out, *NARROW) if out == F32 else (out,)
     for x in sources:
         for weight in (None, *dict.fromkeys((x, F32))):
-            for rounding in ("once", "weight", "rstd", "every"):
-                if rounding == "weight" and weight is None:
+            for rounding in ("once", "weight", "rstd", "every") if x != F32 else ("once",):
+                wider = weight == F32 and rounding != "once"
+                if out != (F32 if wider else x) or rounding == "weight" and weight is None:
                     continue
                 holes = [(Hole("x", (ROWS, d)), x)]
                 if weight is not None:
