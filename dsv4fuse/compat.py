@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -39,13 +41,24 @@ def exact_products() -> Iterator[None]:
 
 
 def trace(
-    fn: Callable[..., Any], inputs: Sequence[tuple[Sequence[int], torch.dtype]]
+    fn: Callable[..., Any], inputs: Sequence[tuple[Sequence[int | torch.SymInt], torch.dtype]]
 ) -> fx.Graph:
     """fn as the functional ATen graph that Inductor would be given. Nothing is computed."""
-    with outside_compilation(), FakeTensorMode():
+    sizes = (n for shape, _ in inputs for n in shape if isinstance(n, torch.SymInt))
+    env = next((n.node.shape_env for n in sizes), None)
+    with outside_compilation(), FakeTensorMode(shape_env=env):
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
         traced = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode="real")
         return traced(*fakes).graph
+
+
+def any_size(hint: int) -> torch.SymInt:
+    """A size that is not known, in a world of its own; a branch on it is taken as for the hint."""
+    env, source = ShapeEnv(), ConstantSource("size")
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+    size = env.create_symintnode(symbol, hint=hint, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size
 
 
 def kept_ops() -> contextlib.AbstractContextManager[None]:

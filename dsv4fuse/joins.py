@@ -13,25 +13,23 @@ from torch import fx
 
 from dsv4fuse import maps
 from dsv4fuse.lower import Lowering, Opaque, means
-from dsv4fuse.maps import Index, Map
+from dsv4fuse.maps import Index, Map, Size
 from dsv4fuse.terms import Complex
 from dsv4fuse.views import Value, argument, shape_of, slice_range
 
 aten = torch.ops.aten
 # (start, size, step, reader of the piece through a map whose joined axis is the piece's own)
-Piece = tuple[int, int, int, Callable[[Map], Value]]
+Piece = tuple[Size, Size, int, Callable[[Map], Value]]
 
 
 @means(aten.cat.default)
 def _cat(low: Lowering, node: fx.Node, m: Map) -> Value:
     tensors, axis = node.args[0], argument(node, 1, "dim", 0) % len(m)
     pieces: list[Piece] = []
-    start = 0
+    start: Size = 0
     for t in tensors:
         size = shape_of(t)[axis] if len(shape_of(t)) == len(m) else 0
-        if not isinstance(size, int):
-            raise Opaque
-        if size:
+        if size != 0:
             pieces.append((start, size, 1, lambda lm, t=t: low.read(t, lm)))  # type: ignore[misc]
         start += size
     return _join(low, node, m, axis, pieces)
@@ -98,11 +96,10 @@ def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piec
     if len(i.terms) != 1 or i.terms[0][0] != 1 or i.offset != 0:
         raise Opaque
     digit = i.terms[0][1]
-    if not isinstance(digit.extent, int):
-        raise Opaque
-    if all(p[2] == len(pieces) for p in pieces) and digit.whole:
+    fixed = isinstance(digit.extent, int)
+    if fixed and all(p[2] == len(pieces) for p in pieces) and digit.whole:
         return low.lace(node, m, digit.coord, len(pieces), pieces[0][1])  # strided assignment
-    if digit.div == 1 and not digit.whole and all(p[1] == 1 for p in pieces):
+    if fixed and digit.div == 1 and not digit.whole and all(p[1] == 1 for p in pieces):
         return low.lace(node, m, digit.coord, len(pieces), digit.extent // len(pieces))  # stack
     if digit.div * digit.size != digit.extent:
         raise Opaque
@@ -110,7 +107,7 @@ def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piec
     return low.cat(node, m, digit.coord, cuts)
 
 
-def _inside(i: Index, start: int, size: int, step: int) -> Index | None:
+def _inside(i: Index, start: Size, size: Size, step: int) -> Index | None:
     """i as an index of one piece, or None when it does not stay in the piece."""
     if step == 1:
         low, high = maps.bounds(i)

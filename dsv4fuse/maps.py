@@ -14,7 +14,7 @@ that the algebra cannot express gives None and stays opaque.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -128,6 +128,16 @@ def identity(sizes: Sequence[Size]) -> Map:
 def affine(i: Index, start: Size, step: Size = 1) -> Index:
     """start + step · i."""
     return index(start + step * i.offset, [(step * s, d) for s, d in i.terms])
+
+
+def moved(
+    i: Index, places: Mapping[int, int], size: Callable[[Size], Size] = lambda n: n
+) -> tuple[object, ...]:
+    """i with other coordinates (-1 for one that has no place) and sizes, to be compared."""
+    terms = (
+        (places.get(d.coord, -1), *map(size, (s, d.div, d.size, d.extent))) for s, d in i.terms
+    )
+    return (size(i.offset), *sorted(terms, key=str))
 
 
 def whole_axes(m: Map, shape: tuple[Size, ...]) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 
 from dsv4fuse import maps, rules
 from dsv4fuse.lower import Lowering
-from dsv4fuse.maps import ZERO, Index, Map
+from dsv4fuse.maps import ZERO, Index, Map, Size
 from dsv4fuse.terms import COMMUTATIVE, Complex, Term, short, show
 
 Rows = tuple[int | None, ...]
@@ -41,7 +41,7 @@ class Hole:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     wide: bool = False
 
 
@@ -55,6 +55,11 @@ class Pattern:
     holes: Mapping[fx.Node, Hole]
     scalars: Mapping[float, str]
     lanes: int  # how many trailing axes of the root are lanes
+    sizes: tuple[tuple[Size, Size], ...] = ()  # symbols of its terms, and what they are here
+
+    def size(self, n: Size) -> Size:
+        """A size of the reference as one of the graph."""
+        return n if isinstance(n, int) else n.subs(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ class Unifier:
             return
         if p.op in ("cat", "lace"):
             along = space.lanes.get(p.args[0])
-            if p.args[1] != g.args[1] or len(p.args) != len(g.args) or g.args[0] != along:
+            sizes = tuple(map(self.pattern.size, p.args[1])) if p.op == "cat" else p.args[1]
+            if sizes != g.args[1] or len(p.args) != len(g.args) or g.args[0] != along:
                 self._missed(env, path, p, g, near)
                 return
             p_args, g_args = p.args[2:], g.args[2:]
@@ -174,10 +180,11 @@ class Unifier:
             how == g_how
             and lead >= 0
             and tuple(a - 1 + lead for a in p_axes) == g_axes
-            and p_shape[1:] == g_shape[lead:]
+            and tuple(map(self.pattern.size, p_shape[1:])) == g_shape[lead:]
             and -1 not in rows.values()
             and all(
-                _same_lanes(i, j, space) for i, j in zip(p_map[1:], g_map[lead:], strict=True)
+                self._same_lanes(i, j, space)
+                for i, j in zip(p_map[1:], g_map[lead:], strict=True)
             )
         )
         if not fits:
@@ -256,7 +263,8 @@ class Unifier:
         else:
             laned, lead = True, m[:-count]
             if shape[-count:] != hole.shape[-count:] or not all(
-                _same_lanes(i, j, space) for i, j in zip(wanted[-count:], m[-count:], strict=True)
+                self._same_lanes(i, j, space)
+                for i, j in zip(wanted[-count:], m[-count:], strict=True)
             ):
                 return None
         rows = tuple(self._row(i, space) for i in lead)
@@ -265,6 +273,11 @@ class Unifier:
         if len(hole.shape) == 1 and any(r is not None for r in rows):
             return None
         return Bound(node, rows, part, laned)
+
+    def _same_lanes(self, wanted: Index, found: Index, space: Space) -> bool:
+        """A lane index of the reference, read at the graph's axes."""
+        own = {a: a for a in space.lanes.values()}
+        return maps.moved(wanted, space.lanes, self.pattern.size) == maps.moved(found, own)
 
     # ---- near misses -----------------------------------------------------------------------
 
@@ -285,16 +298,3 @@ def _found(p: Term, g: Term) -> str:
     if g.op in ("load", "const"):
         return show(g)
     return f"{g.op} in {short(g.dtype)}" if p.op != g.op or p.dtype != g.dtype else show(g, 1)
-
-
-def _same_lanes(wanted: Index, found: Index, space: Space) -> bool:
-    """A lane index of the reference, read at the graph's axes."""
-
-    def at(i: Index, place: Mapping[int, int]) -> list[object]:
-        return sorted(
-            ((place.get(d.coord, -1), str(d.div), s, d.size, d.extent) for s, d in i.terms),
-            key=str,
-        )
-
-    axes = {a: a for a in space.lanes.values()}
-    return wanted.offset == found.offset and at(wanted, space.lanes) == at(found, axes)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from dsv4fuse import compat
+from dsv4fuse import compat, maps
 from dsv4fuse.lower import Lowering
 from dsv4fuse.match import Hole, Pattern
 from dsv4fuse.terms import Complex
 
 ROWS = 7  # the extent of a pattern's row axis; it never takes part in a match
-Shape = tuple[int, ...]
+ANY = 1009  # what a reference's size that is not known to be a number is traced with
 # Values that stand for a captured scalar in a traced reference: bf16 holds the first three, so that
 # rules which ask whether a bound is representable answer as they do for most bounds that people
 # write; it does not hold the others.
@@ -55,7 +55,12 @@ def pattern(
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         return reference(**dict(zip(names, tensors, strict=True)), **values, **absent)
 
-    graph = compat.trace(call, [(h.shape, dtype) for h, dtype in holes])
+    unknown = {n for h, _ in holes for n in h.shape if not isinstance(n, int)}
+    if len(unknown) > 1:
+        raise TypeError(f"{name}: a reference has one size that is no number, not {unknown}")
+    given = {n: compat.any_size(ANY) for n in unknown}
+    shapes = [tuple(given.get(n, n) for n in h.shape) for h, _ in holes]
+    graph = compat.trace(call, [(s, dtype) for s, (_, dtype) in zip(shapes, holes, strict=True)])
     low = Lowering()
     output = next(n for n in graph.nodes if n.op == "output").args[0]
     root = low.term(output)
@@ -69,4 +74,5 @@ def pattern(
         {n: h for n, (h, _) in zip(inputs, holes, strict=True)},
         {v: k for k, v in captured.items()},
         len(output.meta["val"].shape) - 1,
+        tuple((maps.as_size(size), n) for n, size in given.items()),
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from dsv4fuse import maps
+from dsv4fuse.maps import Size
 from dsv4fuse.match import Hole
 from dsv4fuse.scene import Atom, Spec
 from dsv4fuse.terms import Term
@@ -39,9 +41,10 @@ def sink_weights(
 
 
 def _specs(node: fx.Node, root: Term) -> Iterator[Spec]:
-    width = node.meta["val"].shape[-1] if node.meta["val"].dim() > 1 else None
-    out = node.meta["val"].dtype
-    forms = _forms(root, width) if isinstance(width, int) else ()
+    if node.meta["val"].dim() < 2:
+        return
+    width, out = maps.sizes_of(node.meta["val"])[-1], node.meta["val"].dtype
+    forms = _forms(root, width)
     if not forms or out not in (F32, *NARROW):
         return
     for s in dict.fromkeys((out, F32, *(NARROW if out == F32 else ()))):
@@ -54,7 +57,7 @@ def _specs(node: fx.Node, root: Term) -> Iterator[Spec]:
                                                ("upcast", upcast), ("out", out)))  # fmt: skip
 
 
-def _forms(root: Term, width: int) -> tuple[str, ...]:
+def _forms(root: Term, width: Size) -> tuple[str, ...]:
     """Which forms the top of a term over so many keys leaves possible; most terms are none."""
     while root.op == "cast":
         (root,) = root.args
@@ -69,9 +72,9 @@ def _forms(root: Term, width: int) -> tuple[str, ...]:
     return ("cat",) if _sums(below, width + 1) else ()
 
 
-def _sums(t: Term, width: int) -> bool:
+def _sums(t: Term, width: Size) -> bool:
     """A sum over that many lanes."""
-    return t.op == "fold" and t.args[0] == "sum" and t.args[3][-1] == width
+    return t.op == "fold" and t.args[0] == "sum" and bool(t.args[3][-1] == width)
 
 
 WEIGHTS = Atom("sink_weights", sink_weights, _specs, frozenset({"exp", "fold"}))

@@ -85,6 +85,14 @@ def mask_in_pieces(cut: int) -> Fn:
     return fn
 
 
+def grown(q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """Keys joined to those of a cache, entries behind them, a mask padded for these."""
+    keys = torch.cat([kv, kv[:, -1:] * 0.5], dim=1)
+    keys = torch.cat([keys, kv[:, :2] * 2], dim=1)
+    padded = torch.nn.functional.pad(mask, (0, keys.shape[1] - mask.shape[-1]))
+    return heads_first(_attentions.hf)(q, keys, padded, sinks)
+
+
 def flat(q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
     """No batch: q ``[S,H,D]``, kv ``[T,D]``."""
     q, kv, mask = q[0], kv[0], mask[0]
@@ -143,6 +151,13 @@ SPELLINGS: dict[str, Case] = {
     "keys and values sliced apart": _case(
         lambda q, kv, m, sinks: _apart(q, torch.cat((kv, kv[:, :1]), 1) * 2, m, sinks)
     ),
+    "dynamic keys": _case(ours_packed, dynamic={1: (1,), 2: (2,)}),
+    "dynamic batch, queries and keys": _case(
+        tokens_first(_attentions.by_hand), dynamic={0: (0, 1), 1: (0, 1), 2: (0, 1, 2)}
+    ),
+    "hf: dynamic keys": _case(
+        grown, inputs(first=True, mask="inf", sinks=BF16), dynamic={1: (1,), 2: (2,)}
+    ),
     "no mask": _case(
         lambda q, kv, m, sinks: _unmasked(q, kv, sinks), None, "Scores → softmax"
     ),
@@ -190,11 +205,7 @@ KNOWN_MISSES: dict[str, Case] = {
         why="The weights are unnormalised; no atom of them is a weight.",
     ),
     "fp32 model": _case(ours_packed, inputs(dtype=FP32), why="The kernel takes 16-bit keys."),
-    "dynamic": _case(
-        ours_packed, None, why="A cat whose sizes are symbols is opaque.",
-        dynamic={1: (1,), 2: (2,)},
-    ),
-}  # fmt: skip
+}
 
 
 def _late(q: Tensor, kv: Tensor, m: Tensor, sinks: Tensor) -> Tensor:
