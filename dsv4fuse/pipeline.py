@@ -25,10 +25,7 @@ def run(graph: fx.Graph, options: Options) -> Report:
     started = time.perf_counter()
     scene = Scene(graph)
     fusions = list(registry().values())
-    found = [c for f in fusions for c in f.find(scene, options.numerics)]
-    found = chaining.chained(scene, [(c, _region(scene, c)) for c in found])
-    found = [dataclasses.replace(c, like=_like(scene, c)) for c in found]
-    regions = [(c, _region(scene, c)) for c in _named(scene, found)]
+    regions = candidates(scene, options)
     allowed = only()
     covered = {node for _, region in regions for node in region}
     sites: list[Site] = []
@@ -55,6 +52,14 @@ def run(graph: fx.Graph, options: Options) -> Report:
         graph.eliminate_dead_code()
         graph.lint()
     return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started)
+
+
+def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.Node]]]:
+    """Every place where a fusion applies, in the graph's order, with the nodes it replaces."""
+    found = [c for f in registry().values() for c in f.find(scene, options.numerics)]
+    found = chaining.chained(scene, [(c, _region(scene, c)) for c in found])
+    found = [dataclasses.replace(c, like=_like(scene, c)) for c in found]
+    return [(c, _region(scene, c)) for c in _named(scene, found)]
 
 
 def _planned(

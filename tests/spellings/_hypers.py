@@ -38,7 +38,7 @@ def mixes_scaled(x: Tensor, fn: Tensor) -> Tensor:
 
 def mixes_of_rows(x: Tensor, fn: Tensor) -> Tensor:
     """Tokens in one axis, a plain matrix product."""
-    flat = x.reshape(-1, STREAMS * DIM).float()
+    flat = x.reshape(-1, fn.shape[1]).float()
     return (flat * rms(flat) @ fn.t()).view(*x.shape[:2], -1)
 
 

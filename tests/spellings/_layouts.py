@@ -1,12 +1,9 @@
-"""In which order of axes q, kv and the rotation tables come, and what the model does to them.
-
-Each entry: the shape of x (weight ``[DIM]``), the leading shape of the tables, the function.
-"""
+"""In which order of axes q, kv and the rotation tables come, and what the model does to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,66 +14,76 @@ from ._ropes import REAL
 DIM, ROPE = 48, 16
 BATCH, SEQ, HEADS = 2, 5, 3
 NORM, TURN = BF16_WEIGHT["hf_weighted"], REAL["slices_and_stack"]
-Layout = tuple[tuple[int, ...], tuple[int, ...], Callable[..., Any]]
+View = Callable[[Tensor], Tensor]
 
 
-def straight(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return TURN(NORM(x, w), cos, sin)
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
-def _heads_out(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, S, H·D] from a linear, normed and turned heads first, as transformers does."""
-    q = x.view(BATCH, SEQ, HEADS, DIM).transpose(1, 2)
-    return TURN(NORM(q, w), cos.unsqueeze(1), sin.unsqueeze(1))
+@dataclass(frozen=True)
+class Layout:
+    """x has ``shape``, a table ``[*table, R/2]``; the views in front of and behind the sequence."""
+
+    shape: tuple[int, ...]
+    table: tuple[int, ...]
+    x: View = _same
+    tables: View = _same
+    out: View = _same
+
+    def around(self, core: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``core(x, w, *tables)`` with these views around it."""
+        return lambda x, w, *tables: self.out(core(self.x(x), w, *map(self.tables, tables)))
 
 
-def _tokens_out(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q = x.unflatten(-1, (HEADS, DIM))
-    return TURN(NORM(q, w), cos[:, :, None], sin[:, :, None]).flatten(-2)
+def layouts(
+    b: int = BATCH, s: int = SEQ, h: int = HEADS, dim: int = DIM, places: int = 7
+) -> dict[str, Layout]:
+    """Every layout for a batch, a sequence, heads and their size; tables of ``places`` rows."""
+    # Rows and heads that share one position ("one position"): still one site, q's.
+    return {
+        "tokens first": Layout((b, s, h, dim), (b, s, 1)),
+        "heads first": Layout((b, h, s, dim), (b, 1, s)),
+        "heads by transpose": Layout(
+            (b, s, h * dim), (b, s),
+            lambda x: x.view(b, s, h, dim).transpose(1, 2), lambda t: t.unsqueeze(1),
+        ),
+        "heads merged again": Layout(
+            (b, s, h * dim), (b, s),
+            lambda x: x.unflatten(-1, (h, dim)), lambda t: t[:, :, None], lambda y: y.flatten(-2),
+        ),
+        "slice of a joint projection": Layout(
+            (b, s, (h + 1) * dim), (b, s),
+            lambda x: x.split([h * dim, dim], dim=-1)[0].unflatten(-1, (h, dim)),
+            lambda t: t.unsqueeze(2),
+        ),
+        "flat": Layout((s, h, dim), (s, 1)),
+        "flat heads first": Layout((h, s, dim), (s,)),
+        "rows": Layout((s, dim), (s,)),
+        "kv": Layout((b, s, dim), (b, s)),
+        "kv, shared positions": Layout((b, s, dim), (s,)),
+        "kv with a head axis": Layout((b, 1, s, dim), (b, 1, s)),
+        "shared positions": Layout((b, s, h, dim), (s, 1)),
+        "shared, unit batch": Layout((b, s, h, dim), (1, s, 1)),
+        "shared, heads first": Layout((b, h, s, dim), (s,)),
+        "shared, heads first, four axes": Layout((b, h, s, dim), (1, 1, s)),
+        "kv at one position": Layout((b, 1, dim), (1, 1)),
+        "batch of one": Layout((1, s, h, dim), (1, s, 1)),
+        "sequence of one": Layout((b, 1, h, dim), (b, 1, 1)),
+        "one head": Layout((b, s, 1, dim), (b, s, 1)),
+        "a single row": Layout((1, 1, 1, dim), (1, 1, 1)),
+        "a vector": Layout((dim,), ()),
+        "one position": Layout((b, h, dim), ()),
+        "decode at one position": Layout((b, 1, h, dim), (1, 1, 1)),
+        "decode at one position, heads first": Layout((b, h, 1, dim), (1, 1, 1)),
+        "tables by position": Layout(
+            (s, h, dim), (places,),
+            tables=lambda t: t[torch.arange(s) * 2 % places].unsqueeze(1),
+        ),
+        "slice of the tables": Layout(
+            (b, s, h, dim), (s + 4,), tables=lambda t: t[2 : 2 + s].view(1, s, 1, -1)
+        ),
+    }  # fmt: skip
 
 
-def _slice_of_qkv(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q, _ = x.split([HEADS * DIM, DIM], dim=-1)
-    return TURN(NORM(q.unflatten(-1, (HEADS, DIM)), w), cos.unsqueeze(2), sin.unsqueeze(2))
-
-
-def _by_position(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    positions = torch.arange(SEQ) * 2 % 7
-    return TURN(NORM(x, w), cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
-
-
-def _slice_of_tables(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = (t[2 : 2 + SEQ].view(1, SEQ, 1, -1) for t in (cos, sin))
-    return TURN(NORM(x, w), cos, sin)
-
-
-B, S, H = BATCH, SEQ, HEADS
-LAYOUTS: dict[str, Layout] = {
-    "tokens first": ((B, S, H, DIM), (B, S, 1), straight),
-    "heads first": ((B, H, S, DIM), (B, 1, S), straight),
-    "heads by transpose": ((B, S, H * DIM), (B, S), _heads_out),
-    "heads merged again": ((B, S, H * DIM), (B, S), _tokens_out),
-    "slice of a joint projection": ((B, S, (H + 1) * DIM), (B, S), _slice_of_qkv),
-    "flat": ((S, H, DIM), (S, 1), straight),
-    "flat heads first": ((H, S, DIM), (S,), straight),
-    "rows": ((S, DIM), (S,), straight),
-    "kv": ((B, S, DIM), (B, S), straight),
-    "kv, shared positions": ((B, S, DIM), (S,), straight),
-    "kv with a head axis": ((B, 1, S, DIM), (B, 1, S), straight),
-    "shared positions": ((B, S, H, DIM), (S, 1), straight),
-    "shared, unit batch": ((B, S, H, DIM), (1, S, 1), straight),
-    "shared, heads first": ((B, H, S, DIM), (S,), straight),
-    "shared, heads first, four axes": ((B, H, S, DIM), (1, 1, S), straight),
-    "kv at one position": ((B, 1, DIM), (1, 1), straight),
-    "batch of one": ((1, S, H, DIM), (1, S, 1), straight),
-    "sequence of one": ((B, 1, H, DIM), (B, 1, 1), straight),
-    "one head": ((B, S, 1, DIM), (B, S, 1), straight),
-    "a single row": ((1, 1, 1, DIM), (1, 1, 1), straight),
-    "a vector": ((DIM,), (), straight),
-    # Rows and heads that share one position: still one site, q's.
-    "one position": ((B, H, DIM), (), straight),
-    "decode at one position": ((B, 1, H, DIM), (1, 1, 1), straight),
-    "decode at one position, heads first": ((B, H, 1, DIM), (1, 1, 1), straight),
-    "tables by position": ((S, H, DIM), (7,), _by_position),
-    "slice of the tables": ((B, S, H, DIM), (9,), _slice_of_tables),
-}
+LAYOUTS = layouts()

@@ -23,7 +23,7 @@ def quantise(
     *,
     blocks: Piece = lambda x, g: x.unflatten(-1, (-1, g)),
     amax: Piece = lambda b: b.float().abs().amax(-1, keepdim=True),
-    floor: Piece = lambda a: a.clamp_min(FLOOR),
+    floor: Piece = lambda a, f=FLOOR: a.clamp_min(f),
     scale: Piece = lambda a: a / MAX,
     codes: Piece = lambda b, s: (b.float() / s).clamp(-MAX, MAX).to(FP8),
 ) -> tuple[Tensor, Tensor]:
@@ -59,12 +59,12 @@ VARIANTS: dict[str, dict[str, Piece]] = {
         amax=lambda b: torch.linalg.vector_norm(b.float(), ord=torch.inf, dim=-1)[..., None]
     ),
     # floors
-    "clamp": dict(floor=lambda a: a.clamp(min=FLOOR)),
-    "maximum": dict(floor=lambda a: torch.maximum(a, torch.full_like(a, FLOOR))),
-    "clip": dict(floor=lambda a: torch.clip(a, FLOOR)),
-    "where": dict(floor=lambda a: torch.where(a < FLOOR, FLOOR, a)),
-    "where_swapped": dict(floor=lambda a: torch.where(FLOOR > a, FLOOR, a)),
-    "no_floor": dict(floor=lambda a: a),
+    "clamp": dict(floor=lambda a, f=FLOOR: a.clamp(min=f)),
+    "maximum": dict(floor=lambda a, f=FLOOR: torch.maximum(a, torch.full_like(a, f))),
+    "clip": dict(floor=lambda a, f=FLOOR: torch.clip(a, f)),
+    "where": dict(floor=lambda a, f=FLOOR: torch.where(a < f, f, a)),
+    "where_swapped": dict(floor=lambda a, f=FLOOR: torch.where(f > a, f, a)),
+    "no_floor": dict(floor=lambda a, f=FLOOR: a),
     # scales
     "times_inverse": dict(scale=lambda a: a * (1.0 / MAX)),
     "pow2": dict(scale=_pow2),
@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Piece]] = {
 LOOSE = {"pow2_by_pow", "pow2_by_stars"}  # matched through an ulp rule
 MISSES: dict[str, tuple[dict[str, Piece], str]] = {
     "where_or_equal": (
-        dict(floor=lambda a: torch.where(a <= FLOOR, FLOOR, a)),
+        dict(floor=lambda a, f=FLOOR: torch.where(a <= f, f, a)),
         "where with ≤ answers the bound's zero for the other zero, a clamp does not",
     ),
     "reciprocal": (
@@ -102,7 +102,9 @@ MISSES: dict[str, tuple[dict[str, Piece], str]] = {
     ),
 }
 MUTANTS: dict[str, dict[str, Piece]] = {  # of "default", a few of "pow2"
-    "floor_after_division": dict(floor=lambda a: a, scale=lambda a: (a / MAX).clamp_min(FLOOR)),
+    "floor_after_division": dict(
+        floor=lambda a, f=FLOOR: a, scale=lambda a: (a / MAX).clamp_min(FLOOR)
+    ),
     "no_abs": dict(amax=lambda b: b.float().amax(-1, keepdim=True)),
     "mean_for_maximum": dict(amax=lambda b: b.float().abs().mean(-1, keepdim=True)),
     "maximum_of_the_row": dict(
@@ -129,7 +131,7 @@ MUTANTS: dict[str, dict[str, Piece]] = {  # of "default", a few of "pow2"
     "pow_of_two": dict(scale=lambda a: torch.pow(torch.ceil(torch.log2(a / MAX)), 2.0)),
     "min_values": dict(amax=lambda b: b.float().abs().min(dim=-1, keepdim=True).values),
     "max_indices": dict(amax=lambda b: b.float().abs().max(dim=-1, keepdim=True).indices.float()),
-    "where_below": dict(floor=lambda a: torch.where(a > FLOOR, FLOOR, a)),
-    "where_another_bound": dict(floor=lambda a: torch.where(a < FLOOR, 1.3 * FLOOR, a)),
+    "where_below": dict(floor=lambda a, f=FLOOR: torch.where(a > f, f, a)),
+    "where_another_bound": dict(floor=lambda a, f=FLOOR: torch.where(a < f, 1.3 * f, a)),
     "natural_log": dict(scale=lambda a: torch.exp(torch.ceil(torch.log(a / MAX)))),
 }

@@ -26,42 +26,46 @@ SILU: dict[str, Callable[[Tensor], Tensor]] = {
 }
 LOOSE_SILU = {"times_sigmoid", "sigmoid_times", "expit", "times_one_over"}
 
-CLAMP: dict[str, Callable[[Tensor, Tensor], Pair]] = {
-    "clamp": lambda g, u: (g.clamp(max=LIMIT), u.clamp(-LIMIT, LIMIT)),
-    "keywords": lambda g, u: (torch.clamp(g, max=LIMIT), torch.clamp(u, min=-LIMIT, max=LIMIT)),
-    "in_place": lambda g, u: (g.clone().clamp_(max=LIMIT), u.clone().clamp_(-LIMIT, LIMIT)),
-    "clamp_max": lambda g, u: (g.clamp_max(LIMIT), u.clamp_max(LIMIT).clamp_min(-LIMIT)),
-    "min_first": lambda g, u: (g.clamp_max(LIMIT), u.clamp_min(-LIMIT).clamp_max(LIMIT)),
-    "hardtanh": lambda g, u: (g.clamp(max=LIMIT), F.hardtanh(u, -LIMIT, LIMIT)),
-    "clip": lambda g, u: (torch.clip(g, None, LIMIT), torch.clip(u, -LIMIT, LIMIT)),
-    "full_like": lambda g, u: (
-        torch.minimum(g, torch.full_like(g, LIMIT)),
-        torch.maximum(torch.minimum(u, torch.full_like(u, LIMIT)), torch.full_like(u, -LIMIT)),
+CLAMP: dict[str, Callable[..., Pair]] = {
+    "clamp": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp(-b, b)),
+    "keywords": lambda g, u, b=LIMIT: (torch.clamp(g, max=b), torch.clamp(u, min=-b, max=b)),
+    "in_place": lambda g, u, b=LIMIT: (g.clone().clamp_(max=b), u.clone().clamp_(-b, b)),
+    "clamp_max": lambda g, u, b=LIMIT: (g.clamp_max(b), u.clamp_max(b).clamp_min(-b)),
+    "min_first": lambda g, u, b=LIMIT: (g.clamp_max(b), u.clamp_min(-b).clamp_max(b)),
+    "hardtanh": lambda g, u, b=LIMIT: (g.clamp(max=b), F.hardtanh(u, -b, b)),
+    "clip": lambda g, u, b=LIMIT: (torch.clip(g, None, b), torch.clip(u, -b, b)),
+    "full_like": lambda g, u, b=LIMIT: (
+        torch.minimum(g, torch.full_like(g, b)),
+        torch.maximum(torch.minimum(u, torch.full_like(u, b)), torch.full_like(u, -b)),
     ),
-    "full": lambda g, u: (
-        torch.min(g, torch.full((), LIMIT, dtype=g.dtype)),
-        torch.max(torch.min(u, u.new_full((1,), LIMIT)), u.new_full((1,), -LIMIT)),
+    "full": lambda g, u, b=LIMIT: (
+        torch.min(g, torch.full((), b, dtype=g.dtype)),
+        torch.max(torch.min(u, u.new_full((1,), b)), u.new_full((1,), -b)),
     ),
-    "where": lambda g, u: (torch.where(g > LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
-    "where_both": lambda g, u: (
-        torch.where(LIMIT < g, LIMIT, g),
-        (lambda v: torch.where(v < -LIMIT, -LIMIT, v))(torch.where(u > LIMIT, LIMIT, u)),
+    "where": lambda g, u, b=LIMIT: (torch.where(g > b, b, g), u.clamp(-b, b)),
+    "where_both": lambda g, u, b=LIMIT: (
+        torch.where(b < g, b, g),
+        (lambda v: torch.where(v < -b, -b, v))(torch.where(u > b, b, u)),
     ),
-    "where_or_equal": lambda g, u: (torch.where(g >= LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
-    "none": lambda g, u: (g, u),
+    "where_or_equal": lambda g, u, b=LIMIT: (torch.where(g >= b, b, g), u.clamp(-b, b)),
+    "none": lambda g, u, b=LIMIT: (g, u),
 }
 
 PACKED: dict[str, Callable[[Tensor], Pair]] = {
     "chunk": lambda x: x.chunk(2, dim=-1),
     "split": lambda x: x.split(x.shape[-1] // 2, dim=-1),
-    "split_sizes": lambda x: torch.split(x, [WIDTH, WIDTH], dim=-1),
-    "slices": lambda x: (x[..., :WIDTH], x[..., WIDTH:]),
-    "narrow": lambda x: (x.narrow(-1, 0, WIDTH), x.narrow(-1, WIDTH, WIDTH)),
+    "split_sizes": lambda x: torch.split(x, [x.shape[-1] // 2] * 2, dim=-1),
+    "slices": lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
+    "narrow": lambda x: _narrowed(x, x.shape[-1] // 2),
     "swapped_halves": lambda x: x.chunk(2, dim=-1)[::-1],
     "unbind": lambda x: x.unflatten(-1, (2, -1)).unbind(-2),
     "interleaved": lambda x: (x[..., ::2], x[..., 1::2]),
     "interleaved_pairs": lambda x: x.unflatten(-1, (-1, 2)).unbind(-1),
 }
+
+
+def _narrowed(x: Tensor, width: int) -> Pair:
+    return x.narrow(-1, 0, width), x.narrow(-1, width, width)
 
 
 def act(
@@ -84,18 +88,18 @@ def act(
 
 # ---- edits that break it -----------------------------------------------------------------------
 
-LIMITS: dict[str, Callable[[Tensor, Tensor], Pair]] = {
-    "gate not clamped": lambda g, u: (g, u.clamp(-LIMIT, LIMIT)),
-    "gate clamped below": lambda g, u: (g.clamp(min=-LIMIT), u.clamp(-LIMIT, LIMIT)),
-    "up not clamped": lambda g, u: (g.clamp(max=LIMIT), u),
-    "up clamped above only": lambda g, u: (g.clamp(max=LIMIT), u.clamp(max=LIMIT)),
-    "asymmetric up": lambda g, u: (g.clamp(max=LIMIT), u.clamp(-LIMIT, 2 * LIMIT)),
-    "positive up": lambda g, u: (g.clamp(max=LIMIT), u.clamp(0, LIMIT)),
-    "another limit for up": lambda g, u: (g.clamp(max=LIMIT), u.clamp(-1.0, 1.0)),
-    "crossed limits": lambda g, u: (g.clamp(max=LIMIT), u.clamp_max(-LIMIT).clamp_min(LIMIT)),
-    "where the other way": lambda g, u: (torch.where(g < LIMIT, LIMIT, g), u.clamp(-LIMIT, LIMIT)),
-    "where to another limit": lambda g, u: (torch.where(g > LIMIT, 1.0, g), u.clamp(-LIMIT, LIMIT)),
-    "minimum for maximum": lambda g, u: (g.clamp(min=LIMIT), u.clamp(-LIMIT, LIMIT)),
+LIMITS: dict[str, Callable[..., Pair]] = {
+    "gate not clamped": lambda g, u, b=LIMIT: (g, u.clamp(-b, b)),
+    "gate clamped below": lambda g, u, b=LIMIT: (g.clamp(min=-b), u.clamp(-b, b)),
+    "up not clamped": lambda g, u, b=LIMIT: (g.clamp(max=b), u),
+    "up clamped above only": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp(max=b)),
+    "asymmetric up": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp(-b, 2 * b)),
+    "positive up": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp(0, b)),
+    "another limit for up": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp(-1.0, 1.0)),
+    "crossed limits": lambda g, u, b=LIMIT: (g.clamp(max=b), u.clamp_max(-b).clamp_min(b)),
+    "where the other way": lambda g, u, b=LIMIT: (torch.where(g < b, b, g), u.clamp(-b, b)),
+    "where to another limit": lambda g, u, b=LIMIT: (torch.where(g > b, 1.0, g), u.clamp(-b, b)),
+    "minimum for maximum": lambda g, u, b=LIMIT: (g.clamp(min=b), u.clamp(-b, b)),
 }
 SILUS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,29 @@ BATCH, SEQ, RING = 2, 5, 8  # of one ring per sequence
 
 @dataclass(frozen=True)
 class Write:
+    """``rows`` and ``cache``: their shapes in front of the lanes; ``where(draw, rows, cache)``: the
+    arguments that say where. ``free``: it is right for other sizes than these too."""
+
     fn: Callable[..., Any]
-    rows: tuple[int, ...]  # shape of the rows in front of the lanes
+    rows: tuple[int, ...]
     cache: tuple[int, ...]
-    where: Callable[[Draw], tuple[Any, ...]]
+    where: Callable[..., tuple[Any, ...]]
+    free: bool = False
 
 
-def some_slots(draw: Draw) -> tuple[Any, ...]:
-    return (draw.permutation(SLOTS)[:TOKENS],)
+def some_slots(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (draw.permutation(math.prod(cache))[: rows[-1]],)
 
 
-def _positions(draw: Draw) -> tuple[Any, ...]:
-    return (torch.arange(17, 17 + TOKENS),)
+def _some_slots_int32(draw: Draw, *sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    return (some_slots(draw, *sizes)[0].int(),)
 
 
-def nowhere(draw: Draw) -> tuple[Any, ...]:
+def _positions(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (torch.arange(17, 17 + rows[-1]),)
+
+
+def nowhere(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
     return ()
 
 
@@ -42,9 +51,11 @@ DECODE: dict[str, Write] = {}
 PREFILL: dict[str, Write] = {}
 
 
-def _flat(name: str, where: Any = some_slots, rows: int = TOKENS, slots: int = SLOTS) -> Any:
+def _flat(
+    name: str, where: Any = some_slots, rows: int = TOKENS, slots: int = SLOTS, free: bool = True
+) -> Any:
     def register(fn: Any) -> Any:
-        FLAT[name] = Write(fn, (rows,), (slots,), where)
+        FLAT[name] = Write(fn, (rows,), (slots,), where, free)
         return fn
 
     return register
@@ -55,12 +66,12 @@ def _by_slots(cache, rows, slots):
     cache[slots] = rows
 
 
-@_flat("slots, int32", lambda d: (d.permutation(SLOTS)[:TOKENS].int(),))
+@_flat("slots, int32", _some_slots_int32)
 def _by_slots_int32(cache, rows, slots):
     cache[slots] = rows
 
 
-@_flat("slots that wrap around", lambda d: (torch.tensor([3, -1, 0, -4, 5]),))
+@_flat("slots that wrap around", lambda d, *_: (torch.tensor([3, -1, 0, -4, 5]),), free=False)
 def _by_negative(cache, rows, slots):
     cache[slots] = rows
 
@@ -101,55 +112,55 @@ def _colon(cache, rows, slots):
 
 @_flat("ring of positions", _positions)
 def _ring(cache, rows, positions):
-    cache[positions % SLOTS] = rows
+    cache[positions % cache.shape[0]] = rows
 
 
 @_flat("ring by remainder", _positions)
 def _remainder(cache, rows, positions):
-    cache[torch.remainder(positions, SLOTS)] = rows
+    cache[torch.remainder(positions, cache.shape[0])] = rows
 
 
-@_flat("padding to a spare row", lambda d: (torch.tensor([3, 1, 0, 4, -1]),))
+@_flat("padding to a spare row", lambda d, *_: (torch.tensor([3, 1, 0, 4, -1]),), free=False)
 def _spare(cache, rows, slots):
-    cache[torch.where(slots < 0, SLOTS - 1, slots)] = rows
+    cache[torch.where(slots < 0, cache.shape[0] - 1, slots)] = rows
 
 
 @_flat("slice", nowhere)
 def _slice(cache, rows):
-    cache[2 : 2 + TOKENS] = rows
+    cache[2 : 2 + rows.shape[0]] = rows
 
 
 @_flat("slice from the start", nowhere)
 def _first(cache, rows):
-    cache[:TOKENS].copy_(rows)
+    cache[: rows.shape[0]].copy_(rows)
 
 
 @_flat("narrow", nowhere)
 def _narrow(cache, rows):
-    cache.narrow(0, 3, TOKENS).copy_(rows)
+    cache.narrow(0, 3, rows.shape[0]).copy_(rows)
 
 
-@_flat("slice of a start", lambda d: (4,))
+@_flat("slice of a start", lambda d, *_: (4,), free=False)
 def _from_start(cache, rows, start):
     cache[start : start + rows.shape[0]] = rows
 
 
-@_flat("the whole cache", nowhere, slots=TOKENS)
+@_flat("the whole cache", nowhere, slots=TOKENS, free=False)
 def _whole(cache, rows):
     cache.copy_(rows)
 
 
-@_flat("one row", nowhere, rows=1)
+@_flat("one row", nowhere, rows=1, free=False)
 def _one(cache, rows):
     cache[3] = rows[0]
 
 
-@_flat("one row by select", nowhere, rows=1)
+@_flat("one row by select", nowhere, rows=1, free=False)
 def _one_select(cache, rows):
     cache.select(0, 3).copy_(rows.squeeze(0))
 
 
-@_flat("one row from the end", nowhere, rows=1)
+@_flat("one row from the end", nowhere, rows=1, free=False)
 def _last(cache, rows):
     cache[-1] = rows.squeeze(0)
 
@@ -167,61 +178,72 @@ def _scatter_as(cache, rows, slots):
 # ---- a ring per sequence -----------------------------------------------------------------------
 
 
-def _rows(table: dict[str, Write], name: str, length: int, where: Any, batch: int = BATCH) -> Any:
+def _rows(
+    table: dict[str, Write], name: str, length: int, where: Any, batch: int = BATCH,
+    free: bool = True,
+) -> Any:  # fmt: skip
     def register(fn: Any) -> Any:
-        table[name] = Write(fn, (batch, length), (3, RING), where)
+        table[name] = Write(fn, (batch, length), (3, RING), where, free)
         return fn
 
     return register
 
 
-def _steps(draw: Draw) -> tuple[Any, ...]:
-    return (torch.tensor([13, 6]),)
+def _steps(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (torch.arange(rows[0]) * 9 + 6,)
+
+
+def _some_rows(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return *_steps(draw, rows, cache), draw.permutation(cache[0])[: rows[0]]
+
+
+def _some_places(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (draw.permutation(cache[1])[: rows[1]],)
 
 
 @_rows(DECODE, "row and ring", 1, _steps)
 def _row_ring(cache, rows, at):
-    cache[torch.arange(BATCH), at % RING] = rows.squeeze(1)
+    cache[torch.arange(rows.shape[0]), at % cache.shape[1]] = rows.squeeze(1)
 
 
 @_rows(DECODE, "row and ring, unsqueezed", 1, _steps)
 def _row_ring_2d(cache, rows, at):
-    cache[torch.arange(BATCH).unsqueeze(1), (at % RING).unsqueeze(1)] = rows
+    cache[torch.arange(rows.shape[0]).unsqueeze(1), (at % cache.shape[1]).unsqueeze(1)] = rows
 
 
-@_rows(DECODE, "batch rows and ring", 1, lambda d: (torch.tensor([13, 6]), torch.tensor([2, 0])))
+@_rows(DECODE, "batch rows and ring", 1, _some_rows)
 def _batch_rows(cache, rows, at, batch):
-    cache[batch, at % RING] = rows[:, 0]
+    cache[batch, at % cache.shape[1]] = rows[:, 0]
 
 
-@_rows(DECODE, "reference, int position", 1, lambda d: (13,))
+@_rows(DECODE, "reference, int position", 1, lambda d, *_: (13,))
 def _reference_int(cache, rows, at):
-    cache[:BATCH, at % RING] = rows.squeeze(1)
+    cache[: rows.shape[0], at % cache.shape[1]] = rows.squeeze(1)
 
 
-@_rows(DECODE, "reference, tensor position", 1, lambda d: (torch.tensor([13]),))
+@_rows(DECODE, "reference, tensor position", 1, lambda d, *_: (torch.tensor([13]),))
 def _reference_tensor(cache, rows, at):
-    cache[:BATCH, at % RING] = rows
+    cache[: rows.shape[0], at % cache.shape[1]] = rows
 
 
 @_rows(DECODE, "select and copy", 1, nowhere, batch=3)
 def _select(cache, rows):
-    cache.select(1, 5).copy_(rows.squeeze(1))
+    cache.select(1, cache.shape[1] - 3).copy_(rows.squeeze(1))
 
 
-def _table(draw: Draw) -> tuple[Any, ...]:
-    return (torch.arange(SEQ) + torch.tensor([[3], [9]]),)
+def _table(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (torch.arange(rows[1]) + torch.arange(rows[0])[:, None] * 6 + 3,)
 
 
 @_rows(PREFILL, "rows and ring", SEQ, _table)
 def _rows_ring(cache, rows, at):
-    cache[torch.arange(BATCH)[:, None], at % RING] = rows
+    cache[torch.arange(rows.shape[0])[:, None], at % cache.shape[1]] = rows
 
 
 @_rows(PREFILL, "rows and ring, put", SEQ, _table)
 def _rows_put(cache, rows, at):
-    batch = torch.arange(BATCH).unsqueeze(1).expand(-1, SEQ)
-    cache.index_put_((batch, at % RING), rows)
+    batch = torch.arange(rows.shape[0]).unsqueeze(1).expand(-1, rows.shape[1])
+    cache.index_put_((batch, at % cache.shape[1]), rows)
 
 
 @_rows(PREFILL, "prefix", SEQ, nowhere)
@@ -231,43 +253,43 @@ def _prefix(cache, rows):
 
 @_rows(PREFILL, "span", SEQ, nowhere)
 def _span(cache, rows):
-    cache[:BATCH, 2 : 2 + SEQ] = rows
+    cache[: rows.shape[0], 2 : 2 + rows.shape[1]] = rows
 
 
 @_rows(PREFILL, "span of all", SEQ, nowhere, batch=3)
 def _span_of_all(cache, rows):
-    cache[:, 1 : 1 + SEQ].copy_(rows)
+    cache[:, 1 : 1 + rows.shape[1]].copy_(rows)
 
 
 @_rows(PREFILL, "narrow of all", SEQ, nowhere, batch=3)
 def _narrow_all(cache, rows):
-    cache.narrow(1, 1, SEQ).copy_(rows)
+    cache.narrow(1, 1, rows.shape[1]).copy_(rows)
 
 
-@_rows(PREFILL, "slots shared by all", SEQ, lambda d: (d.permutation(RING)[:SEQ],), batch=3)
+@_rows(PREFILL, "slots shared by all", SEQ, _some_places, batch=3)
 def _shared(cache, rows, slots):
     cache[:, slots] = rows
 
 
-@_rows(PREFILL, "index_copy along the ring", SEQ, lambda d: (d.permutation(RING)[:SEQ],), batch=3)
+@_rows(PREFILL, "index_copy along the ring", SEQ, _some_places, batch=3)
 def _copy_ring(cache, rows, slots):
     cache.index_copy_(1, slots, rows)
 
 
-@_rows(PREFILL, "ring in two pieces", SEQ, nowhere)
+@_rows(PREFILL, "ring in two pieces", SEQ, nowhere, free=False)
 def _split_ring(cache, rows):
-    cache[:BATCH, 2:5], cache[:BATCH, :2] = rows.split([3, 2], dim=1)
+    cache[: rows.shape[0], 2:5], cache[: rows.shape[0], :2] = rows.split([3, 2], dim=1)
 
 
 @_rows(PREFILL, "ring in two pieces, the last rows", SEQ + 6, nowhere)
 def _last_rows(cache, rows):
-    length = rows.shape[1]
-    cut = length % RING
-    last = rows[:, -RING:]
-    cache[:BATCH, cut:RING], cache[:BATCH, :cut] = last.split([RING - cut, cut], dim=1)
+    (batch, length), ring = rows.shape[:2], cache.shape[1]
+    cut = length % ring
+    last = rows[:, -ring:]
+    cache[:batch, cut:ring], cache[:batch, :cut] = last.split([ring - cut, cut], dim=1)
 
 
-@_rows(PREFILL, "ring in two pieces, by slices", SEQ, nowhere, batch=3)
+@_rows(PREFILL, "ring in two pieces, by slices", SEQ, nowhere, batch=3, free=False)
 def _two_slices(cache, rows):
     cache[:, :2] = rows[:, 3:]
     cache[:, 5:].copy_(rows[:, :3])
@@ -275,12 +297,12 @@ def _two_slices(cache, rows):
 
 @_rows(PREFILL, "scatter along the ring", SEQ, _table, batch=3)
 def _scatter_ring(cache, rows, at):
-    index = (at[:1] + torch.arange(3)[:, None]) % RING
+    index = (at[:1] + torch.arange(rows.shape[0])[:, None]) % cache.shape[1]
     cache.scatter_(1, index[..., None].expand_as(rows), rows)
 
 
 def _pages(cache, rows, slots):
-    cache[slots // 4, slots % 4] = rows
+    cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
 PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), some_slots)
@@ -309,14 +331,14 @@ def _through_flatten(cache, rows, slots):
     cache.flatten(0, 1).index_copy_(0, slots, rows)
 
 
-@_paged("from the end", lambda d: (torch.tensor([3, -1, 0, -4, 5]),))
+@_paged("from the end", lambda d, *_: (torch.tensor([3, -1, 0, -4, 5]),))
 def _from_the_end(cache, rows, slots):
     cache.view(12, -1)[slots] = rows
 
 
 @_paged("span over pages", nowhere)
 def _span_of_pages(cache, rows):
-    cache.view(-1, cache.shape[-1])[2 : 2 + TOKENS] = rows
+    cache.view(-1, cache.shape[-1])[2 : 2 + rows.shape[0]] = rows
 
 
 @_paged("scatter")

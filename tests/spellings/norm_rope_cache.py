@@ -115,13 +115,12 @@ SPELLINGS |= {
 
 
 def _layout(layout: Layout, **more: Any) -> Case:
-    shape, table, fn = layout
-
     def inputs() -> tuple[Tensor, ...]:
         draw = Draw()
-        return (draw(*shape), draw(DIM), *tables(draw, *table))
+        return (draw(*layout.shape), draw(DIM), *tables(draw, *layout.table))
 
-    return _case(fn, inputs, "norm", "rope", **more)
+    core = layout.around(lambda x, w, *table: TURN(NORM(x, w), *table))
+    return _case(core, inputs, "norm", "rope", **more)
 
 
 SPELLINGS |= {f"layout: {name}": _layout(layout) for name, layout in LAYOUTS.items()}
@@ -137,7 +136,8 @@ def kv_inputs(write: Write) -> Callable[[], tuple[Any, ...]]:
         draw = Draw()
         rows = draw(*write.rows, DIM)
         table = tables(draw, *write.rows)
-        return (rows, draw(DIM), *table, draw(*write.cache, DIM), *write.where(draw))
+        cache = draw(*write.cache, DIM)
+        return (rows, draw(DIM), *table, cache, *write.where(draw, write.rows, write.cache))
 
     return inputs
 

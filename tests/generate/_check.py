@@ -1,0 +1,143 @@
+"""One program through the pass: is it fused as stated, and does it still compute the same?"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dsv4fuse import Report, pipeline
+from dsv4fuse.backend import dsv4fuse as backend
+from dsv4fuse.backend import parse
+
+from . import _graphs
+from ._hand import Site
+
+OPTIONS = {"select": "always", "inner": "eager"}
+PARSED = parse(OPTIONS)
+STEPS = 2.0  # one for the rule or the order of a sum, one for the rounding of what follows
+
+
+@dataclass
+class Outcome:
+    """``wrong``: other results than eager's, by more than rounding; ``inexact``: by that, where the
+    spelling says to the bit. ``crash``: an exception. ``missed``: what was not
+    taken, by fusion, with the report's reasons."""
+
+    program: str = ""
+    sites: Counter[str] = field(default_factory=Counter)
+    taken: Counter[str] = field(default_factory=Counter)
+    wrong: str = ""
+    inexact: str = ""
+    crash: str = ""
+    invalid: str = ""
+    missed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def copied(args: Sequence[Any]) -> list[Any]:
+    """The same values with the same strides; a plain clone would make a view dense."""
+
+    def one(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+
+    return [tree_map_only(Tensor, one, a) for a in args]
+
+
+def difference(a: Tensor, b: Tensor, exact: bool) -> str | None:
+    """None where b is what a is, else what is wrong."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return f"{b.dtype}{list(b.shape)} instead of {a.dtype}{list(a.shape)}"
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.is_floating_point():
+        return None if torch.equal(a, b) else "integers differ"
+    x, y = a.double(), b.double()
+    if not torch.equal(x.isnan(), y.isnan()):
+        return "NaN elsewhere"
+    x, y = x.nan_to_num(), y.nan_to_num()
+    if exact:
+        return None if torch.equal(x, y) else f"not exact, by {(x - y).abs().max().item():.3g}"
+    if not x.numel():
+        return None
+    step = torch.finfo(a.dtype).eps * (x.abs().amax(-1, keepdim=True) if x.dim() else x.abs())
+    worst = ((x - y).abs() / (step + 1e-300)).max().item()
+    return None if worst <= STEPS else f"by {worst:.3g} rounding steps"
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def unequal(wanted: Any, found: Any, exact: bool) -> str:
+    """Everything that differs between two results, "" for nothing."""
+    a, b = tensors(wanted), tensors(found)
+    if len(a) != len(b):
+        return f"{len(b)} tensors instead of {len(a)}"
+    apart = (f"{i}: {w}" for i, p in enumerate(zip(a, b, strict=True)) if (w := difference(*p, exact)))
+    return "; ".join(apart)
+
+
+def fused(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
+    """The pass on the traced graph, which is then run."""
+    module = _graphs.traced(fn, args)
+    report = pipeline.run(module.graph, PARSED)
+    module.recompile()
+    return report, _graphs.run(module, args)
+
+
+def compiled(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
+    """By way of torch.compile, Dynamo and AOTAutograd."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(fn, backend=backend, options=OPTIONS, fullgraph=True)(*args)
+
+    class Left:
+        parameters = staticmethod(lambda: tensors(list(args)))
+        buffers = staticmethod(lambda: ())
+
+    return Report.of(Left), found
+
+
+def check(site: Site, way: Any = fused) -> Outcome:
+    """What the pass makes of one program, which need not be a single site."""
+    started = time.perf_counter()
+    outcome = Outcome(repr(site), Counter(site.counts))
+    wanted_args, found_args = copied(site.inputs), copied(site.inputs)
+    try:
+        with torch.no_grad():
+            wanted = site.fn(*wanted_args)
+    except Exception as error:
+        outcome.invalid = repr(error)
+        return outcome
+    try:
+        report, found = way(site.fn, found_args)
+        outcome.taken = Counter(report.counts())
+        ends = (wanted, wanted_args), (found, found_args)
+        outcome.wrong = unequal(*ends, exact=False)
+        outcome.inexact = unequal(*ends, exact=True) if site.exact else ""
+        outcome.missed = _missed(site, report)
+    except Exception:
+        outcome.crash = traceback.format_exc()
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def _missed(site: Site, report: Report) -> list[tuple[str, str]]:
+    """(fusion, reason) of what was stated and not taken, or taken and not stated."""
+    missed = []
+    taken = report.counts()
+    for fusion in sorted({*site.counts, *taken}):
+        wanted, found = site.counts.get(fusion, 0), taken.get(fusion, 0)
+        if wanted == found:
+            continue
+        reasons = {f"{s.status}: {s.reason}" for s in report.sites if s.status != "taken"}
+        missed.append((fusion, f"{found} of {wanted}; " + (" | ".join(sorted(reasons)) or "nothing near")))
+    return missed

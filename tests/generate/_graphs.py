@@ -1,0 +1,60 @@
+"""A plain function as the graph that the pass is given, without Dynamo: for many programs a minute.
+
+What AOTAutograd adds for a call without gradients is one thing: an input that was written in place
+is copied back at the end. ``tests/test_generated.py`` holds the two ways against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch._aot_autograd import functional_utils as functional
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+_TABLE = select_decomp_table()
+
+
+def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    """The functional ATen graph of ``fn(*args)``; numbers among the arguments are constants."""
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def body(*tensors: Tensor) -> Any:
+        with FunctionalTensorMode():
+            given = list(args)
+            wrapped = [functional.to_fun(t) for t in tensors]
+            for i, t in zip(places, wrapped, strict=True):
+                given[i] = t
+            result = fn(*given)
+            for t in wrapped:
+                functional.sync_functional_tensor(t)
+            found = tree_map_only(Tensor, _plain, result)
+            new = [functional.from_fun(t) for t in wrapped]
+            written = [functional.has_data_mutation(t) for t in wrapped]
+        for t, update, changed in zip(tensors, new, written, strict=True):
+            if changed:
+                t.copy_(update)
+        return found
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(args[i], static_shapes=True) for i in places]
+    with torch.no_grad(), mode:
+        module = make_fx(body, _TABLE, tracing_mode="real")(*fakes)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _plain(t: Tensor) -> Tensor:
+    functional.sync_functional_tensor(t)
+    return functional.from_fun(t)
+
+
+def run(module: fx.GraphModule, args: Sequence[Any]) -> Any:
+    with torch.no_grad():
+        return module(*(a for a in args if isinstance(a, Tensor)))

@@ -1,0 +1,91 @@
+"""Programs: several sequences in one function, with other work between them and other readers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ._hand import Hand, Site
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+MODULES = (
+    "norm_rope_cache", "norm_quant", "clamp_swiglu_quant", "inv_rope_quant", "hyper_connections",
+    "moe_router", "compress_kv", "indexer", "attention", "inv_rope_grouped_bmm",
+)  # fmt: skip
+MOST_SITES = 3
+
+
+@functools.cache
+def families() -> Mapping[str, Callable[[Hand], Site]]:
+    """Every family of sequences, by name."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(f".{name}", __package__)
+        found |= {f"{name}: {key}": make for key, make in module.FAMILIES.items()}
+    return found
+
+
+def site(draw: Draw, only: str = "") -> Site:
+    names = [n for n in families() if only in n]
+    return families()[draw(st.sampled_from(names))](Hand(draw))
+
+
+def mutant(draw: Draw, only: str = "") -> tuple[Site, Site] | None:
+    """A sequence and a copy of it with one piece exchanged for a wrong one; None without such a
+    piece."""
+    names = [n for n in families() if only in n]
+    make = families()[draw(st.sampled_from(names))]
+    first = Hand(draw)
+    make(first)
+    if not first.edits:
+        return None
+    what = draw(st.sampled_from(sorted(first.edits)))
+    right, wrong = first.edits[what]
+    # the original is drawn anew around the one spelling that the edits are edits of
+    base = Hand(draw, {**first.words, what: right})
+    original = make(base)
+    if what not in base.edits:
+        return None
+    changed = Hand(draw, {**base.words, what: draw(st.sampled_from(wrong))})
+    return original, make(changed)
+
+
+def program(draw: Draw, only: str = "") -> Site:
+    """One to three sequences one after another, as one function of all their inputs."""
+    sites = [site(draw, only) for _ in range(draw(st.integers(1, MOST_SITES)))]
+    words = {str(i): repr(s) for i, s in enumerate(sites)}
+    between = draw(st.booleans())
+    words["between"] = "other work" if between else "nothing"
+
+    def fn(*args: Any) -> list[Any]:
+        out, rest = [], list(args)
+        for s in sites:
+            own, rest = rest[: len(s.inputs)], rest[len(s.inputs) :]
+            if between:
+                out.append(_other_work(own))
+            out.append(s.fn(*own))
+            if between:
+                out.append(_other_reader(out[-1]))
+        return out
+
+    counts = sum((Counter(s.counts) for s in sites), Counter[str]())
+    inputs = tuple(a for s in sites for a in s.inputs)
+    return Site("program", words, fn, inputs, counts, all(s.exact for s in sites))
+
+
+def _other_work(args: list[Any]) -> Tensor:
+    first = next(a for a in args if isinstance(a, Tensor))
+    return first.float().abs().amax(-1)
+
+
+def _other_reader(value: Any) -> Any:
+    read = [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [torch.relu(t.float()) for t in read[:1]]

@@ -1,0 +1,130 @@
+"""Norm → rope [→ fake quant] [→ cache write], of q, of kv, and of both in one launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spellings import _quants
+from ..spellings._layouts import layouts
+from ..spellings._write_mutants import MUTANTS as WRITE_MUTANTS
+from ..spellings._writes import DECODE, FLAT, PAGES, PREFILL, Write
+from . import _atoms
+from ._hand import Fn, Hand, Site
+
+NAME = "norm_rope_cache"
+ONE = {NAME: 1}
+SIZES = ((48, 16), (32, 8), (96, 64), (80, 8), (64, 32))  # lanes, and how many of them turn
+
+
+def _normed(hand: Hand, dtype: torch.dtype, dim: int) -> tuple[Fn, Tensor]:
+    if hand.pick("norm or none", {"norm": False, "norm.": False, "none": True}):
+        return (lambda x, w: x), hand.random(dim, dtype=dtype)
+    return _atoms.norm(hand, dtype, dim)
+
+
+def turned(hand: Hand) -> Site:
+    """q or kv in any layout, not written anywhere."""
+    dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
+    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1)), ("H", (3, 1, 4))))
+    layout = hand.pick("layout", layouts(b, s, h, dim))
+    norm, w = _normed(hand, dtype, dim)
+    rope, tables = _atoms.rope(hand, dtype, lanes // 2)
+    first, between, last = (hand.seam(n) for n in ("in front", "between", "behind"))
+
+    def core(x: Tensor, w: Tensor, *table: Tensor) -> Tensor:
+        return last(rope(between(norm(first(x), w)), *table))
+
+    x = hand.tensor("x", *layout.shape, dtype=dtype)
+    return hand.site(NAME, layout.around(core), (x, w, *tables(*layout.table)), ONE)
+
+
+def _resized(hand: Hand, write: Write) -> Write:
+    """Other numbers of rows and places, where the write is one for any."""
+    if not write.free:
+        return write
+    more = hand.number("places left", (3, 9))
+    rows, spare = (hand.number(n, (5, 1, 2)) for n in ("rows", "sequences"))
+    if len(write.rows) == 1:
+        return replace(write, rows=(rows,), cache=(rows + more,))
+    all_of = write.rows[0] == write.cache[0]
+    length = 1 if write.rows[1] == 1 else rows
+    cache = (spare if all_of else spare + 1, rows + more)
+    return replace(write, rows=(spare, length), cache=cache)
+
+
+WRITES = {**FLAT, **DECODE, **PREFILL, **{f"pages, {n}": w for n, w in PAGES.items()}}
+WRITE_EDITS = {n: w for n, (w, like) in WRITE_MUTANTS.items() if like == "slots"}
+
+
+def written(hand: Hand) -> Site:
+    """kv rows into a cache."""
+    dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
+    write = hand.pick("write", WRITES, mutants=WRITE_EDITS, of="slots")
+    write = _resized(hand, write)
+    norm, w = _normed(hand, dtype, dim)
+    rope, tables = _atoms.rope(hand, dtype, lanes // 2)
+    first, between, last = (hand.seam(n) for n in ("in front", "between", "behind"))
+    change = _fake(hand, lanes) if hand.flag("fake quant") else (lambda y: y)
+
+    def fn(x: Tensor, w: Tensor, cache: Tensor, *rest: Any) -> Any:
+        table, where = rest[: len(given)], rest[len(given) :]
+        return write.fn(cache, last(change(rope(between(norm(first(x), w)), *table))), *where)
+
+    given = tables(*write.rows)
+    x = hand.tensor("x", *write.rows, dim, dtype=dtype)
+    cache = hand.random(*write.cache, dim, dtype=dtype)
+    where = write.where(hand.random, write.rows, write.cache)
+    return hand.site(NAME, fn, (x, w, cache, *given, *where), ONE)
+
+
+def _fake(hand: Hand, lanes: int) -> Fn:
+    """fp8 fake quant of the lanes that are not turned."""
+    pieces = _atoms.quant(hand)
+    joined = hand.pick("fake quant by", {"cat": True, "a copy in place": False})
+
+    def change(y: Tensor) -> Tensor:
+        if joined:
+            nope, rope = y.split([y.shape[-1] - lanes, lanes], dim=-1)
+            return torch.cat((_quants.fake(nope, 8, **pieces), rope), dim=-1)
+        y = y.clone()
+        y[..., :-lanes].copy_(_quants.fake(y[..., :-lanes], 8, **pieces))
+        return y
+
+    return change
+
+
+def both(hand: Hand) -> Site:
+    """q and kv of the same tokens, each in its own words, by the same tables: one launch."""
+    dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
+    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1)), ("H", (3, 1, 4))))
+    q_norm, q_w = _normed(hand, dtype, dim)
+    kv_norm, kv_w = _atoms.norm(hand, dtype, dim, "kv norm")
+    q_rope, tables = _atoms.rope(hand, dtype, lanes // 2)
+    kind = hand.words["rope"].partition(" ")[0]  # both read the same tables
+    kv_rope = hand.pick("kv rope", _atoms.ROPES.get(kind, {"as q's": q_rope}))
+    between = hand.seam("between")
+    write = hand.pick("write", {n: w for n, w in PREFILL.items() if n.startswith("rows and")})
+    around = hand.flag("kv first")
+
+    def fn(q: Tensor, kv: Tensor, qw: Tensor, w: Tensor, cache: Tensor, at: Tensor, *t: Tensor):
+        def keys() -> None:
+            write.fn(cache, kv_rope(between(kv_norm(kv, w)), *t), at)
+
+        if around:
+            keys()
+        found = q_rope(q_norm(q, qw), *(x.unsqueeze(2) for x in t))
+        if not around:
+            keys()
+        return found
+
+    q, kv = hand.tensor("q", b, s, h, dim, dtype=dtype), hand.tensor("kv", b, s, dim, dtype=dtype)
+    cache = hand.random(b, s + 3, dim, dtype=dtype)
+    at = write.where(hand.random, (b, s), (b, s + 3))
+    return hand.site(NAME, fn, (q, kv, q_w, kv_w, cache, *at, *tables(b, s)), ONE)
+
+
+FAMILIES = {"q or kv": turned, "kv written": written, "q and kv": both}
