@@ -100,12 +100,18 @@ def _unit(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None
 def _where(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     """where(x > c, c, x) = min(x, c), where(x < c, c, x) = max(x, c); NaN stays x in both.
 
-    Not with ≥ or ≤: at c = 0 they answer c's zero for x = -0, the clamp either.
+    Not with ≥ or ≤: at c = 0 they answer c's zero for x = -0, the clamp either. The test's c is
+    the number as it is written, the other one as x's dtype holds it, to which the test rounds too.
     """
     test, yes, no = a
-    if test.op in ("gt", "lt") and test.args == (no, yes) and number(yes) is not None:
-        return make("minimum" if test.op == "gt" else "maximum", (no, yes), d)
-    return None
+    if test.op not in ("gt", "lt") or test.args[0] is not no or no.dtype is not d:
+        return None
+    bound, held = number(test.args[1]), number(yes)
+    if bound is None or held is None or d is None or not d.is_floating_point:
+        return None
+    if held not in (bound, torch.tensor(bound, dtype=torch.float64).to(d).item()):
+        return None
+    return make("minimum" if test.op == "gt" else "maximum", (no, test.args[1]), d)
 
 
 def _is(t: Term, op: str) -> bool:

@@ -88,4 +88,4 @@ def _other_work(args: list[Any]) -> Tensor:
 
 def _other_reader(value: Any) -> Any:
     read = [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
-    return [torch.relu(t.float()) for t in read[:1]]
+    return [torch.relu(t) if t.element_size() > 1 else t for t in read[:1]]

@@ -281,7 +281,7 @@ def _split_ring(cache, rows):
     cache[: rows.shape[0], 2:5], cache[: rows.shape[0], :2] = rows.split([3, 2], dim=1)
 
 
-@_rows(PREFILL, "ring in two pieces, the last rows", SEQ + 6, nowhere)
+@_rows(PREFILL, "ring in two pieces, the last rows", SEQ + 6, nowhere, free=False)
 def _last_rows(cache, rows):
     (batch, length), ring = rows.shape[:2], cache.shape[1]
     cut = length % ring
