@@ -1,9 +1,10 @@
 """Rules that bring elementwise terms to normal form: one line each, with its reason.
 
 ``exact`` rules hold bit for bit on every input, NaN, infinities and signed zeros included (the
-sign and payload of a NaN aside). ``ulp`` rules hold up to the rounding of one operation; a site
-that used one says so. Nothing else is a rule: no reassociation, no distribution, since both
-change rounding. A rule is a function of (op, args, dtype, make) that answers the new term or None.
+sign and payload of a NaN aside). ``ulp`` rules hold up to a few rounding steps of the result, five
+at most as measured; a site that used one says so. Nothing else is a rule: no reassociation, no
+distribution, since both change rounding. A rule is a function of (op, args, dtype, make) that
+answers the new term or None.
 """
 
 from __future__ import annotations
@@ -43,15 +44,23 @@ def number(t: Term) -> float | None:
     return t.args[0] if t.op == "const" else None
 
 
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number that dtype holds for a value."""
+    return torch.tensor(value, dtype=torch.float64).to(dtype).item()
+
+
 def holds(value: float, dtype: torch.dtype | None) -> bool:
     """True when dtype represents the value exactly."""
     if dtype is None or not dtype.is_floating_point:
         return False
-    return torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
+    return rounded(value, dtype) == value
 
 
 def _cast(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     (x,) = a
+    if x.op == "const":
+        held = d is not None and d.is_floating_point
+        return make("const", (rounded(x.args[0], d),), None) if held else None  # type: ignore
     if x.dtype is d:
         return x  # a cast to the same dtype
     if x.op == "cast" and x.args[0].dtype is d and widens(d, x.dtype):
@@ -75,6 +84,13 @@ def _signs(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | Non
         if t.op == "neg" and t.dtype is d:
             return make("neg", (make("mul", (*a[:i], t.args[0], *a[i + 1 :]), d),), d)
     return None
+
+
+def _negated(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    (x,) = a
+    if x.op == "const":
+        return make("const", (-x.args[0],), None)
+    return x.args[0] if x.op == "neg" else None
 
 
 def _clamp_order(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
@@ -149,7 +165,12 @@ def _mean(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None
 
 
 def _silu(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
-    """x·sigmoid(x) ~ x/(1+exp(-x)), the form that PyTorch's own silu computes."""
+    """x·sigmoid(x) ~ x/(1+exp(-x)), the form that PyTorch's own silu computes.
+
+    In fp32 and wider only: in fp16 exp(-x) overflows where the product is still 2e-4.
+    """
+    if d not in (torch.float32, torch.float64):
+        return None
     for x, gate in (a, a[::-1]):
         inner = gate.args[0] if gate.op == "sigmoid" else None
         if gate.op == "div" and number(gate.args[0]) == 1.0:
@@ -164,12 +185,7 @@ RULES: tuple[Rule, ...] = (
     Rule("cast", "exact", ("cast",), _cast),  # values that survive the trip
     Rule("unit factor", "exact", ("mul",), _unit),  # x·1 = x, x·-1 = -x
     Rule("sign of product", "exact", ("mul",), _signs),  # rounding is symmetric
-    Rule(
-        "sign of sign",
-        "exact",
-        ("neg",),
-        lambda a, d, make: a[0].args[0] if _is(a[0], "neg") else None,
-    ),  # -(-x) = x
+    Rule("sign of sign", "exact", ("neg",), _negated),  # -(-x) = x, -(c) is a number
     Rule(
         "abs of sign",
         "exact",

@@ -84,7 +84,8 @@ class Interner:
     def make(self, op: str, args: tuple[Any, ...], dtype: torch.dtype | None) -> Term:
         if op in COMMUTATIVE:
             args = tuple(sorted(args, key=lambda t: t.number))
-        key = (op, args, dtype)
+        # -0.0 == 0.0, but x + 0.0 is not x where x is -0.0: numbers are one by their text.
+        key = (op, repr(args) if op == "const" else args, dtype)
         found = self._table.get(key)
         if found is None:
             found = self._table[key] = Term(op, args, dtype, len(self._table))
