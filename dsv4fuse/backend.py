@@ -4,6 +4,7 @@ and ``explain``."""
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -105,10 +106,11 @@ def dsv4fuse(
         report.breaks.append(Break(*broken))
         report.sites += _of_break(Break(*broken), parsed)
     _remember(gm, example_inputs, report)
-    if _collecting:
-        _collecting[-1].__iadd__(report)
-    else:
+    collected = _collecting.get()
+    if collected is None:
         report.check(parsed)
+    else:
+        collected += report
     return compiled
 
 
@@ -126,17 +128,20 @@ _TRAINING = (
     "A graph whose gradient is wanted was passed on untouched: the fused kernels have no backward."
     " Call the model under torch.no_grad() or torch.inference_mode()."
 )
-_collecting: list[Report] = []
+# Of this thread alone: what another one compiles meanwhile is its own.
+_collecting: contextvars.ContextVar[Report | None] = contextvars.ContextVar(
+    "collecting", default=None
+)
 
 
 @contextlib.contextmanager
 def collecting(report: Report) -> Iterator[None]:
     """Adds to ``report`` what is done to every graph compiled meanwhile; nothing is checked."""
-    _collecting.append(report)
+    before = _collecting.set(report)
     try:
         yield
     finally:
-        _collecting.pop()
+        _collecting.reset(before)
 
 
 def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str | None:

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -160,7 +161,10 @@ def _times(content: bytes) -> tuple[float, float]:
     stored = json.loads(content)
     if not isinstance(stored, dict) or set(stored) != {"inductor", "ours"}:
         raise ValueError("not a file of times")
-    return float(stored["inductor"]), float(stored["ours"])
+    times = float(stored["inductor"]), float(stored["ours"])
+    if not all(math.isfinite(t) and t > 0 for t in times):
+        raise ValueError(f"{times} are no times")
+    return times
 
 
 def _save(key: str, text: Callable[[], str]) -> None:

@@ -67,7 +67,7 @@ def _measured(candidate: Candidate, region: list[fx.Node]) -> Times | str:
         return _time(plain, inputs), _time(fused, inputs)
     except Exception as error:  # whatever a compiler, a kernel or an allocator raises
         log.info("measuring %s", candidate.fusion, exc_info=True)
-        return f"It could not be measured: {str(error).strip().splitlines()[:1]}."
+        return f"It could not be measured: {verify.said(error)}."
 
 
 def _time(fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> float:

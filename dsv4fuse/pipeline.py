@@ -36,13 +36,14 @@ def run(graph: fx.Graph, options: Options) -> Report:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
+    nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
         if not refused:
             break
         gone = [g for g in gone if not any(g[0] is c for c in refused)]
-    for near in near_misses(scene, covered):
+    for near in nearly:
         fusion = next((f.name for f in fusions if near.atom in f.atoms), "")
         if not options.wants(fusion) or not fusion:
             continue

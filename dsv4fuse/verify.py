@@ -32,9 +32,20 @@ def check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | N
     """None if the fused op computes what the region does, else a sentence."""
     key = (candidate.fusion, numerics, signature(candidate, region))
     if key not in _verified:
-        with compat.outside_compilation():
-            _verified[key] = _check(candidate, region, numerics)
+        try:
+            with compat.outside_compilation():
+                _verified[key] = _check(candidate, region, numerics)
+        except torch.OutOfMemoryError:  # not remembered: the next time there may be enough
+            return "There was not enough memory to check the site."
+        except Exception as error:  # whatever a kernel's compiler or launch raises
+            log.exception("checking %s", candidate.fusion)
+            _verified[key] = f"It could not be run for the check: {said(error)}."
     return _verified[key]
+
+
+def said(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 UNCHECKED = "It is proved by its terms; the unfused region is too large to run for the check."
@@ -50,24 +61,18 @@ def _check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | 
     ends = (*candidate.outputs, *candidate.updates)
     outer = samples.leaves(candidate, region)
     true = None
-    try:
-        made = samples.draw(candidate, outer)
-        if made is None:
-            return "No random input has a single right result to compare with."
-        with compat.exact_products():
-            wanted = exact.run(region, dict(made), ends)
-        if candidate.judged == "exact" and exact.fits(
-            region, outer, candidate.root.meta["val"].device, wide=True
-        ):
-            true = exact.truth(region, dict(made), ends)
-        inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
-        found = list(candidate.call(*inputs))
-        found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
-    except torch.OutOfMemoryError:
-        return "There was not enough memory to check the site."
-    except Exception as error:  # whatever a kernel's compiler or launch raises
-        log.exception("checking %s", candidate.fusion)
-        return f"It could not be run for the check: {str(error).strip().splitlines()[:1]}."
+    made = samples.draw(candidate, outer)
+    if made is None:
+        return "No random input has a single right result to compare with."
+    with compat.exact_products():
+        wanted = exact.run(region, dict(made), ends)
+    if candidate.judged == "exact" and exact.fits(
+        region, outer, candidate.root.meta["val"].device, wide=True
+    ):
+        true = exact.truth(region, dict(made), ends)
+    inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
+    found = list(candidate.call(*inputs))
+    found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
     rows = candidate.settled(*inputs) if candidate.settled is not None else ...
     for i, (node, b) in enumerate(zip(ends, found, strict=True)):
         values = [wanted[node], b, true[node] if true else wanted[node]]

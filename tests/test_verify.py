@@ -1,0 +1,77 @@
+"""The check of a site against its own nodes: what it must see, each difference by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4fuse import verify
+
+X = torch.linspace(-3, 3, 24, dtype=torch.bfloat16).view(4, 6)
+
+
+def changed(value: float) -> Tensor:
+    y = X.clone()
+    y[1, 2] = value
+    return y
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+def steps(n: float) -> Tensor:
+    """One value off by n rounding steps at its row's largest value."""
+    y = X.double().clone()
+    y[0, 5] += n * torch.finfo(X.dtype).eps * X[0].double().abs().amax()
+    return y.to(torch.float32).to(X.dtype)
+
+
+SEEN = {
+    "dtype": (X, X.half(), "fp16"),
+    "shape": (X, X.view(6, 4), "instead of"),
+    "strides": (X, turned(X), "strides"),
+    "an integer": (torch.arange(4), torch.tensor([0, 1, 2, 4]), "integers"),
+    "a NaN that is not there": (X, changed(float("nan")), "NaN"),
+    "a NaN that is gone": (changed(float("nan")), X, "NaN"),
+    "an infinity": (X, changed(float("inf")), "infinities"),
+    "the other infinity": (changed(float("inf")), changed(float("-inf")), "infinities"),
+    "a value": (X, steps(4), "rounding steps of bf16"),
+    "all of a row of zeros": (torch.zeros(2, 3), torch.full((2, 3), 1e-30), "rounding steps"),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_seen(name):
+    wanted, found, words = SEEN[name]
+    assert words in (verify._differ(wanted, found, wanted, "faithful") or "")
+
+
+ALIKE = {
+    "itself": (X, X),
+    "within the order of a sum": (X, steps(2)),
+    "another stride of an axis of one": (X[:1], X[:1].as_strided((1, 6), (100, 1))),
+    "NaN and infinities in their places": (changed(float("nan")), changed(float("nan"))),
+    "no elements": (X[:0], X[:0]),
+    "integers": (torch.arange(4), torch.arange(4)),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_alike(name):
+    wanted, found = ALIKE[name]
+    assert verify._differ(wanted, found, wanted, "faithful") is None
+
+
+def test_as_near_to_exact_arithmetic_as_the_module():
+    """Both may be off; ours by no more than the module and the steps allowed."""
+    exact = X.double()
+    assert verify._differ(steps(6), steps(8), exact, "faithful") is None
+    assert "the module's is off by 6" in str(
+        verify._differ(steps(6), steps(9), exact, "faithful")
+    )
+
+
+def test_an_error_is_said_in_one_line():
+    assert verify.said(RuntimeError("no.\nmore")) == "no" and verify.said(KeyError()) == "KeyError"
