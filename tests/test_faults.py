@@ -16,7 +16,6 @@ from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-
 from dsv4fuse import Report, backend, cache, pipeline, rewrite, select, verify
 from dsv4fuse.fusion import Candidate, Sizes, registry
 from dsv4fuse.options import Options

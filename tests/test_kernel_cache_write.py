@@ -56,6 +56,19 @@ def test_cache_paged(kind):
     assert written.sum() == 6
 
 
+@pytest.mark.parametrize("wrap", [True, False])
+def test_pages_that_are_not_there(wrap):
+    """A view of two pages of four: rows for another page go nowhere, not to its neighbours."""
+    kv, (cos, sin) = rand(2, 3, 64), tables(2, 3, 64)
+    whole = poisoned(4, 7, 64)
+    slot = torch.tensor([[4, 5, 1], [0, 2, 3]], device=DEVICE)
+    seq = torch.tensor([[2, 0, -3], [1, -1, 3]], device=DEVICE)
+    _, written = cache_call(kv, cos, sin, whole[1:3], slot, seq, wrap=wrap)
+    there = {(0, 5), (1, 0)} | ({(1, 2)} if wrap else set())
+    assert set(map(tuple, written.nonzero().tolist())) == there
+    assert (whole[0] == 777.0).all() and (whole[3] == 777.0).all()
+
+
 @pytest.mark.parametrize("keep_kv", [True, False])
 def test_cache_strided_view(keep_kv):
     """A non-contiguous cache: the rows and columns around the view keep their poison."""

@@ -99,3 +99,13 @@ def test_a_rounded_sum_is_no_mean():
     fold = low.interner.make("fold", ("sum", _leaf(low, FP32), (1,), (2, 48), (2, 1)), FP32)
     narrow = low.make("cast", (fold,), BF16)
     assert low.make("div", (narrow, low.interner.const(48.0)), BF16).op == "div"
+
+
+def test_a_silu_in_fp16_is_not_rewritten():
+    """exp(-x) overflows there where x·sigmoid(x) is a number."""
+    for d in (BF16, FP16):
+        low = Lowering()
+        x = _leaf(low, d)
+        assert low.make("mul", (x, low.make("sigmoid", (x,), d)), d).op == "mul"
+    y = torch.tensor([-12.0]).to(FP16)
+    assert y * y.sigmoid() != 0 and y / (1 + (-y).exp()) == 0

@@ -1,0 +1,151 @@
+"""The guards of correctness: the lines that keep a wrong result out, and a test that misses each.
+
+A guard is named by the text that stands in its file once, by what stands there when the guard is
+deleted, and by a test that then fails. tests/test_guards.py does both. Whoever moves or adds a
+guard does so here as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Guard:
+    """``old`` → ``new`` in ``file`` deletes it; ``test`` is then red."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def _mutant(name: str) -> str:
+    return f"test_spellings.py::test_mutant[norm_rope_cache-{name}]"
+
+
+_VERIFY, _REWRITE, _WRITES = "dsv4fuse/verify.py", "dsv4fuse/rewrite.py", "dsv4fuse/writes.py"
+_RULES, _SLOTS = "dsv4fuse/rules.py", "dsv4fuse/slots.py"
+
+GUARDS = [
+    # ---- the check on random inputs
+    Guard("check: value", _VERIFY, "if worst <= own + STEPS[numerics]:", "if True:",
+          "test_verify.py::test_seen[a value]"),
+    Guard("check: NaN", _VERIFY, "if not torch.equal(x.isnan(), y.isnan()):", "if False:",
+          "test_verify.py::test_seen[a NaN that is gone]"),
+    Guard("check: infinities", _VERIFY,
+          "if not torch.equal(x.where(x.isinf(), 0), y.where(y.isinf(), 0)):", "if False:",
+          "test_verify.py::test_seen[the other infinity]"),
+    Guard("check: dtype", _VERIFY,
+          "if (a.dtype, a.shape, strides(a)) != (b.dtype, b.shape, strides(b)):",
+          "if (a.shape, strides(a)) != (b.shape, strides(b)):",
+          "test_verify.py::test_seen[dtype]"),
+    Guard("check: strides", _VERIFY,
+          "if (a.dtype, a.shape, strides(a)) != (b.dtype, b.shape, strides(b)):",
+          "if (a.dtype, a.shape) != (b.dtype, b.shape):",
+          "test_verify.py::test_seen[strides]"),
+    Guard("check: whatever is taken", "dsv4fuse/pipeline.py",
+          "        if wrong:\n", "        if False:\n",
+          "test_exact.py::test_farther_than_the_module_is_rejected"),
+    Guard("check: memory", _VERIFY,
+          "            return \"There was not enough memory to check the site.\"",
+          "            return None",
+          "test_faults.py::test_out_of_memory_in_the_check"),
+    # ---- what may be rewritten
+    Guard("rewrite: dtype", _REWRITE, "if a.dtype != b.dtype:", "if False:",
+          "test_rewrite.py::test_declined[dtype]"),
+    Guard("rewrite: shape", _REWRITE, '(("shape", a.shape, b.shape), ("strides",', '(("strides",',
+          "test_rewrite.py::test_declined[shape]"),
+    Guard("rewrite: strides", _REWRITE, ', ("strides", a.stride(), b.stride()))', ",)",
+          "test_rewrite.py::test_declined[strides]"),
+    Guard("rewrite: parts of the cache", _REWRITE,
+          "if node not in candidate.caches and base_of(node) in candidate.caches:", "if False:",
+          _mutant("rows of the cache itself")),
+    Guard("rewrite: readers of the old cache", _REWRITE,
+          "if user not in gone and not user < first and not home:", "if False:",
+          _mutant("read between")),
+    Guard("rewrite: early readers", _REWRITE, "if last is not None and early is not None:",
+          "if False:", "test_rewrite.py::test_a_reader_in_front_of_an_input"),
+    # ---- what is a write to a cache
+    Guard("write: accumulate", _WRITES, "if not _alike(target, base) or accumulate or len(",
+          "if not _alike(target, base) or len(", _mutant("write: accumulated")),
+    Guard("write: step", _WRITES, " or step != 1 or ", " or ", _mutant("write: every second row")),
+    Guard("write: lanes", _WRITES,
+          "if len(shape_of(value)) < 1 or shape_of(value)[-1] != shape_of(cache)[-1]:",
+          "if len(shape_of(value)) < 1:", _mutant("write: other lanes")),
+    Guard("write: scattered rows", _WRITES,
+          "if not _alike(target, base) or axis == len(whole) or rows is None:",
+          "if not _alike(target, base) or axis == len(whole):",
+          _mutant("write: scattered with the next row")),
+    Guard("write: overlapping pieces", _SLOTS, "not (apart and whole)", "not whole",
+          _mutant("write: pieces that overlap")),
+    Guard("write: rows left out", _SLOTS, "not (apart and whole)", "not apart",
+          _mutant("write: a row left out")),
+    Guard("write: sequences", _SLOTS, "if place != other or not", "if not",
+          _mutant("write: pieces of other sequences")),
+    # ---- what is the same value
+    Guard("match: dtype", "dsv4fuse/match.py",
+          "return p.dtype == g.dtype or (hole.wide and rules.widens(g.dtype, p.dtype))",
+          "return True", "test_rewrite.py::test_a_value_of_another_dtype_is_no_match"),
+    Guard("lower: alpha", "dsv4fuse/lower.py", ' or node.kwargs.get("alpha", 1) != 1:', ":",
+          _mutant("factor of a sum")),
+    Guard("views: a rounded number", "dsv4fuse/views.py",
+          "torch.tensor(value, dtype=dtype).item()", "value", _mutant("rounded eps")),
+    Guard("terms: the sign of a zero", "dsv4fuse/terms.py",
+          'repr(args) if op == "const" else args', "args",
+          "test_meanings.py::test_numbers_are_one_term_only_where_they_are_one"),
+    Guard("rule: narrow after wide", _RULES,
+          'if x.op == "cast" and x.args[0].dtype is d and widens(d, x.dtype):',
+          'if x.op == "cast" and x.args[0].dtype is d:',
+          "test_rules_held.py::test_a_rounding_is_kept"),
+    Guard("rule: a bound that rounds", _RULES,
+          't.op != "const" or holds(t.args[0], x.dtype) for t in x.args', "True for t in x.args",
+          "test_rules_held.py::test_a_bound_that_rounds_keeps_its_dtype"),
+    Guard("rule: crossed bounds", _RULES, "and lo.args[0] <= hi.args[0] and", "and",
+          "test_rules_held.py::test_crossed_clamps_keep_their_order"),
+    Guard("rule: the count of a mean", _RULES, " or math.prod(extents) != n.args[0]:", ":",
+          "test_rules_held.py::test_a_sum_over_another_number_is_no_mean"),
+    Guard("rule: fp16 overflows", _RULES, "if d not in (torch.float32, torch.float64):\n",
+          "if False:\n", "test_rules_held.py::test_a_silu_in_fp16_is_not_rewritten"),
+    # ---- the ways in, and files
+    Guard("gradients", "dsv4fuse/backend.py",
+          "differentiated = compat.will_be_differentiated(gm, example_inputs)",
+          "differentiated = False", "test_bad_input.py::test_gradients_pass_through_with_a_note"),
+    Guard("reports: format", "dsv4fuse/report.py",
+          'if not isinstance(data, dict) or data.get("format") != _FORMAT:',
+          "if not isinstance(data, dict):",
+          "test_faults.py::test_reports_of_another_form_are_none[{'format': 2}]"),
+    Guard("times: numbers", "dsv4fuse/cache.py",
+          "if not all(math.isfinite(t) and t > 0 for t in times):", "if False:",
+          "test_faults.py::test_damaged_times_are_none"),
+    Guard("identity: versions", "dsv4fuse/cache.py", '"environment": _environment(),', "",
+          "test_cache_files.py::test_uuid_follows_the_interpreter_switch_and_torch"),
+    # ---- kernels
+    Guard("kernel: slots", "kernels/_rows.py", "hit = live & (slot >= 0) & (slot < count)",
+          "hit = live & (slot < count)", "test_kernel_cache_write.py::test_cache_strided_view"),
+    Guard("kernel: pages", "kernels/_rows.py", "hit &= (page >= 0) & (page < pages)", "pass",
+          "test_kernel_cache_write.py::test_pages_that_are_not_there"),
+    Guard("kernel: rounding of the norm's rsqrt", "kernels/_norms.py",
+          "            rstd = round_few(rstd, XD)", "            pass",
+          "test_kernel_norm_rope.py::test_norm_rope_faithful[dtype0-rstd-None-once-bf16]"),
+    Guard("kernel: rounding before the weight", "kernels/_norms.py",
+          "if not PRECISE and (NORM != 1 or not HAS_W):", "if False:",
+          "test_kernel_norm_rope.py::test_norm_rope_faithful[dtype0-weight-weight7-once-bf16]"),
+    Guard("kernel: NaN in a clamp", "kernels/_common.py",
+          "return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.minimum(a, b)",
+          "test_kernel_swiglu.py::test_silu_of_every_16_bit_value"),
+    Guard("kernel: padding of the scales", "kernels/clamp_swiglu_quant.py",
+          "shape = (groups, common.align4(tokens)) if col_major",
+          "shape = (groups, tokens) if col_major",
+          "test_kernel_swiglu.py::test_clamp_swiglu_quant[1-3072-128-True-fp32]"),
+    Guard("kernel: zeros in the padding", "kernels/clamp_swiglu_quant.py",
+          "padded = common.align4(tokens) if col_major else tokens", "padded = tokens",
+          "test_kernel_swiglu.py::test_clamp_swiglu_quant[1-3072-128-True-fp32]"),
+    Guard("kernel: dense rows", "kernels/_norm_rope.py",
+          'common.require(t.stride(-1) == 1, "the last axis of q and kv must be dense")', "pass",
+          "test_bad_input.py::test_lanes_that_are_not_dense"),
+    Guard("kernel: dtypes", "kernels/clamp_swiglu_quant.py",
+          'common.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")',
+          "pass", "test_kernels.py::test_misuse_is_explained"),
+]  # fmt: skip
