@@ -9,7 +9,7 @@ behind it; an operand that cannot be taken apart is read as it is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from dsv4fuse.patterns._windows import (
     Seen,
     Windows,
 )
+from torch import fx
 
 from dsv4fuse import maps, rules
 from dsv4fuse.lower import broadcast
@@ -34,6 +35,7 @@ from dsv4fuse.terms import Complex, Term
 aten = torch.ops.aten
 MINUS_INFINITY = float("-inf")
 Range = tuple[int, Size]  # start, size
+Nodes = Collection[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,11 @@ class Grid:
 
     # ---- halves ------------------------------------------------------------------------------
 
-    def half(self, kv: Sequence[Term], gates: Sequence[Parts], entries: Size) -> Half | None:
-        """kv and gate of some rows: in ``entries``, or in entry 0 and in those behind it."""
+    def half(
+        self, kv: Sequence[Term], gates: Sequence[Parts], entries: Size, beside: Nodes
+    ) -> Half | None:
+        """kv and gate of some rows: in ``entries``, or in entry 0 and in those behind it; of the
+        nodes that hold them, one of ``beside`` if it can be."""
         gate, bias = gates[0], None
         if any((p.bias, p.narrow, p.mask) != (gate.bias, gate.narrow, gate.mask) for p in gates):
             return None
@@ -108,7 +113,7 @@ class Grid:
             bias = next((s for s in self.places(gate.bias) if s.viewable), None)
             if bias is None:
                 return None
-        rows = [self._rows(entries, *kv), self._rows(entries, *(p.rows for p in gates))]
+        rows = [self._rows(beside, entries, *t) for t in (kv, [p.rows for p in gates])]
         if None in rows or type(rows[0]) is not type(rows[1]):
             return None
         if isinstance(rows[0], Seen):
@@ -119,14 +124,15 @@ class Grid:
             fits = fits and (gate.mask is None or self._negative(gate.mask, a)) and bias is None
         return Half(*rows, bias, gate.narrow, gate.mask is not None) if fits else None
 
-    def _rows(self, entries: Size, *terms: Term) -> Seen | Gathered | None:
+    def _rows(self, beside: Nodes, entries: Size, *terms: Term) -> Seen | Gathered | None:
         if any(t.op == "const" for t in terms):  # a number has no place of its own
             return None
         gathered = self._gathered(terms[0]) if len(terms) == 1 else None
         if gathered is not None:
             return gathered
         extents = {BATCH: self.sizes[0], ENTRY: entries}
-        return next((s for s in self.places(*terms) if s.viewable and s.over(extents)), None)
+        fit = [s for s in self.places(*terms) if s.viewable and s.over(extents)]
+        return min(fit, key=lambda s: s.node not in beside, default=None)
 
     def _gathered(self, term: Term) -> Gathered | None:
         """A load of ``cache[page, position]``."""
@@ -246,7 +252,7 @@ def windows(grid: Grid, kv: Bound, gate: Bound) -> Windows:
     """The rows of every window: in one piece, in halves, or as the operands hold them."""
     entries, width = grid.sizes[1:3]
 
-    def half(rows: Range, *ranges: Range) -> Half | None:
+    def half(rows: Range, *ranges: Range, beside: Nodes = ()) -> Half | None:
         rows_of = [grid.box(kv, r, rows) for r in ranges]
         gates = [grid.box(gate, r, rows) for r in ranges]
         if None in rows_of or None in gates:
@@ -254,7 +260,7 @@ def windows(grid: Grid, kv: Bound, gate: Bound) -> Windows:
         values = [_narrowed(t) if grid.upcast else t for t in rows_of]
         ways = itertools.product(*map(gate_parts, gates))
         size = entries if len(ranges) > 1 else ranges[0][1]
-        return next((h for way in ways if (h := grid.half(values, way, size))), None)
+        return next((h for way in ways if (h := grid.half(values, way, size, beside))), None)
 
     whole = half((0, width), (0, entries))
     if whole is not None and not whole.masked:
@@ -262,12 +268,15 @@ def windows(grid: Grid, kv: Bound, gate: Bound) -> Windows:
     if width % 2 == 0:
         size = width // 2
         split = ((0, 1), (1, entries - 1))
-        now = half((size, size), (0, entries)) or half((size, size), *split)
         before = half((0, size), (0, entries))
         first = [grid.box(b, (0, 1), (0, size)) for b in (kv, gate)]
         shifted = before is None and [t and rules.number(t) for t in first] == [0.0, MINUS_INFINITY]
         if shifted and entries != 1:
             before = half((0, size), (1, entries - 1))
+        # Views of one tensor as two inputs would be random numbers of their own in the check.
+        one = (before.kv.node, before.gate.node) if before is not None else ()
+        entire = half((size, size), (0, entries), beside=one)
+        now = entire or half((size, size), *split, beside=one)
         if now is not None and not now.masked:
             if before is not None and _together(now, before, size):
                 return Windows(now, before, shifted)

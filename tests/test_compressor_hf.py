@@ -9,7 +9,7 @@ from dsv4fuse.kernels import _common
 from dsv4fuse import Report, backend
 
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-HIDDEN, LENGTH, BATCH = 32, 22, 2
+HIDDEN, BATCH = 32, 2
 # Which class: (sites of the pool, is the window before in them)
 COMPRESSORS = {"HCA": (1, False), "CSA": (2, True)}  # CSA's indexer has a compressor of its own
 
@@ -37,12 +37,13 @@ def build(kind: str) -> torch.nn.Module:
     return module.bfloat16().requires_grad_(False)
 
 
+@pytest.mark.parametrize("length", [22, 24])  # 24: whole windows, which are views of a projection
 @pytest.mark.parametrize("kind", COMPRESSORS)
-def test_prefill(kind):
+def test_prefill(kind, length):
     module, generator = build(kind), torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, LENGTH, HIDDEN, generator=generator).bfloat16()
-    q = torch.randn(BATCH, LENGTH, 16, generator=generator).bfloat16()
-    args = (x, q, torch.arange(LENGTH).expand(BATCH, -1), None, 0)
+    x = torch.randn(BATCH, length, HIDDEN, generator=generator).bfloat16()
+    q = torch.randn(BATCH, length, 16, generator=generator).bfloat16()
+    args = (x, q, torch.arange(length).expand(BATCH, -1), None, 0)
     options = {"select": "always", "inner": "eager"}
     fused = torch.compile(module, backend=backend.dsv4fuse, options=options, fullgraph=True)
     for found, wanted in zip(fused(*args), module(*args), strict=True):
