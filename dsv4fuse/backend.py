@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from dsv4fuse import cache, compat, pipeline
+from dsv4fuse import cache, compat, pipeline, ranks, trial
 from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report, Site
@@ -32,8 +32,9 @@ class FusionPass(CustomGraphPass):
     ``report`` collects what this pass did; it stays empty when Inductor's cache was warm.
     """
 
-    def __init__(self, options: Options, before: Sequence[Any] = ()) -> None:
+    def __init__(self, options: Options, before: Sequence[Any] = (), alone: bool = True) -> None:
         self.options, self.before, self.report = options, tuple(before), Report()
+        self.alone = alone  # nobody asks, on a warm cache, whether its choices are the job's
 
     def __call__(self, graph: fx.Graph) -> None:
         for earlier in self.before:
@@ -48,7 +49,10 @@ class FusionPass(CustomGraphPass):
             self.report += Report(graphs=1, notes=[note])
 
     def uuid(self) -> Any:
-        """None (no caching) if an earlier pass has no identity of its own."""
+        """None (no caching) if an earlier pass has no identity of its own, or if another rank may
+        have timed a site otherwise than the process that filled the cache."""
+        if self.alone and ranks.several() and self.options.select in ("auto", "measure"):
+            return None
         identities = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if any(identity is None for identity in identities):
             return None
@@ -90,12 +94,15 @@ def dsv4fuse(
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     else:
-        fusing = FusionPass(parsed, compat.configured_passes())
+        fusing = FusionPass(parsed, compat.configured_passes(), alone=False)
         key = _key(gm, example_inputs, fusing)
         compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
         stored = None if fusing.report.graphs or key is None else cache.load_report(key)
+        if stored is not None and trial.stale(stored.found()):
+            stored = key = None  # what lies in the cache stays the report's that lies beside it
         if stored is None and not fusing.report.graphs:
-            # Inductor's cache was warm and says nothing of what lies in it.
+            # Inductor's cache was warm and says nothing of what lies in it, or what lies in it
+            # is not what the other ranks of this job run.
             with compat.without_caches():
                 compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
         report = _recorded(fusing, stored, key)

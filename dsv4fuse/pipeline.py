@@ -9,7 +9,7 @@ from collections import Counter
 
 from torch import fx
 
-from dsv4fuse import chaining, compat, measure, rewrite, select, verify
+from dsv4fuse import chaining, compat, rewrite, select, trial, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
@@ -151,32 +151,34 @@ def _decide(
     """The candidate (with the times it was chosen by), its status, the reason, the plan."""
     verdict = select.decide(candidate, options)
     if verdict.take is False:
-        return candidate, "declined", verdict.why, None
+        return _timed(candidate, verdict), "declined", verdict.why, None
     try:
         traced = rewrite.plan(candidate)
     except rewrite.Declined as error:
         return candidate, "declined", str(error), None
-    runs = options.verify or verdict.take is None  # otherwise nobody need ask for free memory
-    large = runs and verify.too_large(candidate, region)
-    if large:
-        detail = {**candidate.detail, "check": verify.UNCHECKED}
-        candidate = dataclasses.replace(candidate, detail=detail)
-    elif options.verify:
-        wrong = verify.check(candidate, region, options.numerics)
-        if wrong:
-            log.warning("%s: %s", candidate.fusion, wrong)
-            return candidate, "rejected", wrong, None
-    if verdict.take is None and not large:  # what does not run cannot be the faster one
-        taken = measure.times(candidate, region, options)
-        if isinstance(taken, str):
-            return candidate, "declined", taken, None
-        verdict = select.compare(taken)
-        if not verdict.take:
-            return candidate, "declined", verdict.why, None
-    if verdict.times:
-        detail = {**candidate.detail, "µs": dict(verdict.times), "why": verdict.why}
-        candidate = dataclasses.replace(candidate, detail=detail)
-    return candidate, "taken", "", traced
+    if not options.verify and verdict.take:
+        return _timed(candidate, verdict), "taken", "", traced
+    found, record = trial.run(candidate, region, options, verdict.take is None)
+    detail = {**candidate.detail, "found": record}
+    if found.large:
+        detail["check"] = verify.UNCHECKED
+    candidate = dataclasses.replace(candidate, detail=detail)
+    if found.wrong:
+        return candidate, "rejected", found.wrong, None
+    if isinstance(found.times, str):
+        return candidate, "declined", found.times, None
+    if found.times is not None:
+        verdict = select.compare(found.times)
+    status, why = ("declined", verdict.why) if verdict.take is False else ("taken", "")
+    return _timed(candidate, verdict), status, why, None if why else traced
+
+
+def _timed(candidate: Candidate, verdict: select.Verdict) -> Candidate:
+    """The candidate with the times that the verdict rests on, if there are any."""
+    if not verdict.times:
+        return candidate
+    detail = {**candidate.detail, "µs": dict(verdict.times), "why": verdict.why}
+    return dataclasses.replace(candidate, detail=detail)
 
 
 def _how(candidate: Candidate) -> str:

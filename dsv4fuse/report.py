@@ -127,6 +127,10 @@ class Report:
         """The sites that have one of these statuses, in the order found."""
         return [site for site in self.sites if site.status in statuses]
 
+    def found(self) -> list[Mapping[str, Any]]:
+        """What running the sites showed, of those where the choice rests on that (``trial``)."""
+        return [site.detail["found"] for site in self.sites if "found" in site.detail]
+
     def _count(self, status: Status) -> Counter[str]:
         return Counter(site.fusion for site in self.sites if site.status == status)
 

@@ -36,7 +36,7 @@ def check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | N
             with compat.outside_compilation():
                 _verified[key] = _check(candidate, region, numerics)
         except torch.OutOfMemoryError:  # not remembered: the next time there may be enough
-            return "There was not enough memory to check the site."
+            return NO_MEMORY
         except Exception as error:  # whatever a kernel's compiler or launch raises
             log.exception("checking %s", candidate.fusion)
             _verified[key] = f"It could not be run for the check: {said(error)}."
@@ -48,6 +48,7 @@ def said(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
+NO_MEMORY = "There was not enough memory to check the site."
 UNCHECKED = "It is proved by its terms; the unfused region is too large to run for the check."
 
 
