@@ -44,13 +44,13 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
 
 
-def milliseconds(call: Callable[[], Any], device: str) -> float:
+def milliseconds(call: Callable[[], Any], device: str, patience: float = 5.0) -> float:
     """Median time of a call, after three calls that do not count; 20 calls, or fewer once they
-    have taken 5 s."""
+    have taken ``patience`` seconds."""
     for _ in range(3):
         call()
     taken: list[float] = []
-    while len(taken) < 20 and sum(taken) < 5:
+    while len(taken) < 20 and sum(taken) < patience:
         _wait(device)
         started = time.perf_counter()
         call()
@@ -73,14 +73,16 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def times(calls: dict[str, Callable[[], Any]], device: str) -> list[tuple[str, ...]]:
+def times(
+    calls: dict[str, Callable[[], Any]], device: str, patience: float = 5.0
+) -> list[tuple[str, ...]]:
     """Rows (name, ms) or, on a GPU, (name, ms, ms under CUDA graphs)."""
     rows = []
     for name, call in calls.items():
-        row = [name, f"{milliseconds(call, device):.3f}"]
+        row = [name, f"{milliseconds(call, device, patience):.3f}"]
         if device.startswith("cuda"):
             try:
-                row.append(f"{milliseconds(captured(call), device):.3f}")
+                row.append(f"{milliseconds(captured(call), device, patience):.3f}")
             except RuntimeError as error:  # something in it waits for the GPU
                 row.append(f"cannot be captured: {str(error).splitlines()[0]:.60}")
         rows.append(tuple(row))

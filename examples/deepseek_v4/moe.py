@@ -68,21 +68,28 @@ class Router(nn.Module):
 
 def grouped_mm(rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """rows ``[M, I]``, each times the matrix of its expert: weights ``[E, O, I]``, experts
-    ``[M]`` in ascending order; returns ``[M, O]``.
+    ``[M]`` in ascending order; returns ``[M, O]``. Rows of an expert that is not there come out
+    as anything.
 
     Shapes are static, how many rows an expert has is a tensor: one graph for prefill and
     decode. torch.compile knows ``F.grouped_mm`` in bf16 only; any other dtype copies a matrix
     per row, which suits small models.
     """
     if rows.dtype != torch.bfloat16:
-        return torch.matmul(weights[experts], rows.unsqueeze(-1)).squeeze(-1)
+        present = experts.clamp(max=weights.shape[0] - 1)
+        return torch.matmul(weights[present], rows.unsqueeze(-1)).squeeze(-1)
     every = torch.arange(weights.shape[0], device=rows.device)
     ends = torch.searchsorted(experts, every, right=True, out_int32=True)
     return F.grouped_mm(rows, weights.mT, offs=ends)
 
 
 class Experts(nn.Module):
-    """The routed experts, as two stacked weights; tokens are sorted by expert for them."""
+    """The routed experts, as two stacked weights; tokens are sorted by expert for them.
+
+    With ``split`` it holds some of them only, and any expert behind the last adds nothing.
+    """
+
+    split = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -98,6 +105,8 @@ class Experts(nn.Module):
         gate_up = grouped_mm(x[order // top_k], self.gate_up_proj, experts)  # [N·K, 2·I]
         gate, up = gate_up.chunk(2, dim=-1)
         down = grouped_mm(clamp_swiglu(gate, up, self.limit), self.down_proj, experts)
+        if self.split:
+            down = down.masked_fill((experts >= len(self.down_proj)).unsqueeze(-1), 0.0)
         # Back to token order, then one fp32 sum: an index_add would round after each expert,
         # in an order that differs from run to run on a GPU.
         down = down[order.argsort()].view(n_tokens, top_k, -1)
