@@ -10,8 +10,11 @@ process, so nothing below imports torch before a public name is used (PEP 562).
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
 import pathlib
 import pkgutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,23 +50,35 @@ _HOME = {
 }
 
 
-def _adopt_checkout(package: pathlib.Path) -> str | None:
-    """The checkout root to search for ``dsv4fuse.kernels`` and ``dsv4fuse.patterns``, if any.
+def _checkout(package: pathlib.Path) -> pathlib.Path | None:
+    """The checkout that holds kernels/ and patterns/ beside this package, if they lie there.
 
-    In a checkout both folders lie beside this package, and a plain editable install ignores
-    setuptools' package-dir mapping. In a wheel they lie inside it; then nothing is added, or a
-    stray ``pyproject.toml`` in site-packages would let the Hugging Face library ``kernels`` (a
-    regular package, which wins over a namespace portion) become ``dsv4fuse.kernels``.
+    A plain editable install ignores setuptools' package-dir mapping. In a wheel the two lie inside
+    the package; then a stray ``pyproject.toml`` in site-packages makes no checkout, or the Hugging
+    Face library ``kernels`` would become ``dsv4fuse.kernels``.
     """
     root = package.parent
     if (package / "kernels").is_dir() or not (root / "pyproject.toml").is_file():
         return None
-    return str(root) if (root / "kernels").is_dir() and (root / "patterns").is_dir() else None
+    return root if (root / "kernels").is_dir() and (root / "patterns").is_dir() else None
 
 
-if (_root := _adopt_checkout(pathlib.Path(__file__).resolve().parent)) is not None:
-    if _root not in __path__:
-        __path__.append(_root)
+def _adopt(folder: pathlib.Path) -> None:
+    """Make a folder beside the package a subpackage of it, as a namespace package is one.
+
+    Not by the root in ``__path__``: then ``dsv4fuse.dsv4fuse`` is a package too, which holds
+    another, and whoever walks all packages (torch does for TORCH_LOGS="+dsv4fuse") never ends.
+    """
+    spec = importlib.machinery.ModuleSpec(f"{__name__}.{folder.name}", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = globals()[folder.name] = module
+
+
+if (_root := _checkout(pathlib.Path(__file__).resolve().parent)) is not None:
+    for _name in ("kernels", "patterns"):
+        if f"{__name__}.{_name}" not in sys.modules:
+            _adopt(_root / _name)
 
 
 def _load_ops() -> Any:

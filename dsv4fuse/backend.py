@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from dsv4fuse import cache, compat, pipeline, ranks, trial
+from dsv4fuse import cache, compat, pipeline, ranks, render, trial
 from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report, Site
@@ -106,8 +106,7 @@ def dsv4fuse(
             with compat.without_caches():
                 compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
         report = _recorded(fusing, stored, key)
-        for site in report.with_status("rejected", "near-miss"):
-            log.warning("%s at %s: %s", site.fusion, site.where, site.reason)
+        _log(report)
     broken = compat.graph_break(gm)
     if broken is not None:
         report.breaks.append(Break(*broken))
@@ -119,6 +118,23 @@ def dsv4fuse(
     else:
         collected += report
     return compiled
+
+
+def _log(report: Report) -> None:
+    """To torch's logs: TORCH_LOGS="dsv4fuse" and "+dsv4fuse", and the trace that tlparse reads.
+
+    What somebody should look at is a warning, unless ``explain`` is about to show it anyway.
+    """
+    log.info("%s", render.headline(report))
+    for site in report.sites:
+        seen = _collecting or site.status in ("taken", "declined")
+        words = (site.status, site.fusion, site.where, site.reason)
+        log.log(logging.DEBUG if seen else logging.WARNING, "%s %s at %s: %s", *words)
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "dsv4fuse_report", "encoding": "json"},
+        payload_fn=report.to_json,
+    )
 
 
 def _of_break(broken: Break, options: Options) -> list[Site]:

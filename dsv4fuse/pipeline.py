@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import Counter
 
@@ -16,7 +15,6 @@ from dsv4fuse.options import Options, only
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
-log = logging.getLogger(__name__)
 numbers: Counter[str] = Counter()  # of each fusion, how many sites this process has seen
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from dsv4fuse.report import Report, Site
 
-_STYLE = {"taken": "green", "declined": "yellow", "rejected": "red", "near-miss": "magenta"}
+STYLE = {"taken": "green", "declined": "yellow", "rejected": "red", "near-miss": "magenta"}
 
 # What the sentence needs to be read, and a source path to be recognised. A terminal that leaves
 # less than that beside the other columns gets stacked entries.
@@ -49,7 +49,7 @@ def fold(sites: Sequence[Site]) -> list[Row]:
     groups: dict[tuple[str, ...], dict[tuple[str, ...], int]] = {}
     for site in sites:
         template = _INDEX.sub("{}", site.module.replace("{", "{{").replace("}", "}}"))
-        key = (site.fusion, site.status, template, _short(site.file, site.line), site.reason)
+        key = (site.fusion, site.status, template, short(site.file, site.line), site.reason)
         indices = tuple(_INDEX.findall(site.module))
         group = groups.setdefault(key, {})
         group[indices] = group.get(indices, 0) + 1
@@ -94,7 +94,7 @@ def _span(values: Sequence[str]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
-def _short(file: str, line: int) -> str:
+def short(file: str, line: int) -> str:
     """``file:line``, from the working directory or the nearest folder of ``sys.path`` on."""
     if not file:
         return ""
@@ -106,7 +106,8 @@ def _short(file: str, line: int) -> str:
     return f"{file}:{line}" if line else file
 
 
-def _headline(report: Report) -> str:
+def headline(report: Report) -> str:
+    """One line: how many sites, graphs, breaks and seconds."""
     graphs = f"{report.graphs} graph" + ("" if report.graphs == 1 else "s")
     breaks = f"{len(report.breaks)} break" + ("" if len(report.breaks) == 1 else "s")
     taken = sum(report.counts().values())
@@ -118,19 +119,25 @@ def _headline(report: Report) -> str:
 
 def summary(report: Report) -> list[str]:
     """One line for each fusion: how many sites were taken, declined, rejected or missed."""
-    tally: dict[str, dict[str, int]] = {}
-    for site in report.sites:
-        of = tally.setdefault(site.fusion, {})
-        of[site.status] = of.get(site.status, 0) + 1
-    width = max(map(len, tally), default=0)
+    found = tally(report)
+    width = max(map(len, found), default=0)
     return [
-        f"{name:<{width}}  " + ", ".join(f"{of[s]} {s}" for s in _STYLE if s in of)
-        for name, of in sorted(tally.items())
+        f"{name:<{width}}  " + ", ".join(f"{of[s]} {s}" for s in STYLE if s in of)
+        for name, of in sorted(found.items())
     ]
 
 
+def tally(report: Report) -> dict[str, dict[str, int]]:
+    """Of each fusion, how many sites have which status."""
+    found: dict[str, dict[str, int]] = {}
+    for site in report.sites:
+        of = found.setdefault(site.fusion, {})
+        of[site.status] = of.get(site.status, 0) + 1
+    return found
+
+
 def _tail(report: Report) -> list[str]:
-    lines = [f"graph break at {_short(b.file, b.line) or '?'}: {b.reason}" for b in report.breaks]
+    lines = [f"graph break at {short(b.file, b.line) or '?'}: {b.reason}" for b in report.breaks]
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -147,7 +154,7 @@ def _one_line(text: str) -> str:
 def to_text(report: Report) -> str:
     """Plain text: columns as wide as they need, one row a line, so that it can be searched."""
     cells = [_cells(row) for row in fold(report.sites)]
-    lines = [_headline(report), *(f"  {line}" for line in summary(report))]
+    lines = [headline(report), *(f"  {line}" for line in summary(report))]
     if cells:
         table = [_HEADER, *cells]
         widths = [max(len(row[i]) for row in table) for i in range(4)]
@@ -171,7 +178,7 @@ def print_report(report: Report, file: IO[str] | None = None) -> None:
     if not console.is_terminal or plain != text:
         out.write(plain + "\n")
         return
-    console.print(Text(_headline(report), style="bold"))
+    console.print(Text(headline(report), style="bold"))
     for line in summary(report):
         console.print(_indented(line))
     cells = [_cells(row) for row in fold(report.sites)]
@@ -226,13 +233,13 @@ def _table(console: Console, rows: Sequence[Sequence[str]], widths: Sequence[int
     for status, fusion, module, where, why in rows:
         # Text, not str: "[...]" in a reason is no markup.
         cells = (fusion, module, _fit(where, widths[3]), why)
-        table.add_row(Text(status, style=_STYLE[status]), *(Text(cell) for cell in cells))
+        table.add_row(Text(status, style=STYLE[status]), *(Text(cell) for cell in cells))
     console.print(table)
 
 
 def _stack(console: Console, rows: Sequence[Sequence[str]]) -> None:
     for status, fusion, module, where, why in rows:
-        console.print(Text.assemble((status, _STYLE[status]), " ", (fusion, "bold")))
+        console.print(Text.assemble((status, STYLE[status]), " ", (fusion, "bold")))
         for cell in (module, _fit(where, console.width - 2), why):
             if cell and cell != "-":
                 console.print(_indented(cell))

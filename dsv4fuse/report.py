@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -238,6 +240,18 @@ class Report:
         from dsv4fuse import render
 
         return render.to_text(self)
+
+    def to_html(self, file: str | os.PathLike[str] | None = None) -> str:
+        """The report as one self-contained HTML page, also written to ``file`` where one is given.
+
+        It quotes the lines of the user's modules as they are on this machine now.
+        """
+        from dsv4fuse import html
+
+        text = html.page(self)
+        if file is not None:
+            pathlib.Path(file).write_text(text, encoding="utf-8")
+        return text
 
     def print(self, file: IO[str] | None = None) -> None:
         """Print the report: a table for a terminal, :meth:`__str__` for a file or a pipe."""

@@ -230,8 +230,8 @@ def test_empty_report():
 
 def test_paths_are_shortened_to_the_library(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert render._short(str(tmp_path / "a" / "m.py"), 3) == "a/m.py:3"
+    assert render.short(str(tmp_path / "a" / "m.py"), 3) == "a/m.py:3"
     monkeypatch.syspath_prepend("/venv/site-packages")
-    assert render._short("/venv/site-packages/lib/m.py", 0) == "lib/m.py"
-    assert render._short("/elsewhere/m.py", 1) == "/elsewhere/m.py:1"
-    assert render._short("", 0) == ""
+    assert render.short("/venv/site-packages/lib/m.py", 0) == "lib/m.py"
+    assert render.short("/elsewhere/m.py", 1) == "/elsewhere/m.py:1"
+    assert render.short("", 0) == ""
