@@ -1,4 +1,4 @@
-"""The command line: ``python -m dsv4fuse explain``, ``bench``, ``bisect``, ``doctor``.
+"""The command line: ``python -m dsv4fuse explain``, ``bisect``, ``bench``, ``fusions``, ``doctor``.
 
 Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot work here),
 2 the command was given something that it cannot use.
@@ -6,34 +6,29 @@ Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot w
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import json
-import os
+import contextlib
 import pathlib
-import sys
-import traceback
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import dsv4fuse
+from dsv4fuse.factory import FactoryError, build, parse_options
 from dsv4fuse.options import OptionError
 from dsv4fuse.report import FusionError, Report
 
 app = typer.Typer(
-    help="Fused DeepSeek-V4 kernels for plain PyTorch models.",
+    help="""Fused DeepSeek-V4 kernels for plain PyTorch models.
+
+    Start with `doctor`, then `explain examples.tiny:hf` in a checkout, or your own
+    `package.module:factory`. Exit codes: 0 done, 1 the answer is no, 2 unusable arguments.""",
     no_args_is_help=True,
     add_completion=False,
     # typer's tables of local variables would print whole tensors.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class FactoryError(ValueError):
-    """The argument of ``explain`` does not lead to a model and its inputs."""
 
 
 @app.command()
@@ -51,6 +46,9 @@ def explain(
     json_file: Annotated[
         str, typer.Option("--json", metavar="FILE", help="Also write the report here; - is stdout.")
     ] = "",
+    html_file: Annotated[
+        str, typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page.")
+    ] = "",
     dump_graph: Annotated[
         bool, typer.Option("--dump-graph", help="Also print the ATen graphs, to stderr.")
     ] = False,
@@ -66,9 +64,9 @@ def explain(
         _fail(str(error), 2)
     except FusionError as error:
         if error.report is not None:
-            _show(error.report, json_file)
+            _show(error.report, json_file, html_file)
         _fail(str(error), 1)
-    _show(report, json_file)
+    _show(report, json_file, html_file)
 
 
 @app.command()
@@ -103,7 +101,8 @@ def bench(
         rows, made_on = _loaded(measured)
     else:
         path = pathlib.Path(json_path) if json_path else None
-        rows, wrong = timing.run(fusions or [], model, counts, path)
+        with _progress() as progress:
+            rows, wrong = timing.run(fusions or [], model, counts, path, progress)
         made_on = timing.environment()
     if plot:
         _plot(rows, made_on, plot)
@@ -174,10 +173,10 @@ def bisect(
     try:
         parsed = parse_options(options)
         model, args, kwargs = build(factory)
-        found = bisection.bisect(
-            model, args, kwargs, tolerance=tolerance, options=parsed,
-            progress=lambda text: typer.echo(text, err=True),
-        )  # fmt: skip
+        with _progress() as progress:
+            found = bisection.bisect(
+                model, args, kwargs, tolerance=tolerance, options=parsed, progress=progress
+            )
     except (FactoryError, OptionError) as error:
         _fail(str(error), 2)
     if not found.sites:
@@ -192,6 +191,27 @@ def bisect(
 
 
 @app.command()
+def fusions(
+    write: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(metavar="FILE.md", help="Renew the tables between <!-- markers --> here."),
+    ] = None,
+) -> None:
+    """List the fusions: what each replaces and how fast it is; or renew a page's tables."""
+    from dsv4fuse import catalog
+
+    root = pathlib.Path(dsv4fuse.__file__).parents[1]
+    if not write:
+        typer.echo(catalog.listing())
+    for file in write or ():
+        try:
+            text = file.read_text(encoding="utf-8")
+            file.write_text(catalog.renewed(text, root), encoding="utf-8")
+        except (OSError, catalog.MarkerError) as error:
+            _fail(f"{file}: {error}", 2)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run, and why not the rest."""
     from dsv4fuse import doctor as checks
@@ -202,75 +222,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """The mapping that the JSON of ``--options`` holds; its names are checked by the backend."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise OptionError(
-            f"--options is not JSON ({error}). Write for example --options '{{\"strict\": true}}'."
-        ) from error
-    if not isinstance(value, dict):
-        raise OptionError(f"--options must be a JSON object, not {type(value).__name__}.")
-    return value
-
-
-def build(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Import and call ``package.module:factory``; returns the model, its args and kwargs."""
-    function = _find(factory)
-    try:
-        made = function()
-    except Exception as error:
-        frames = "".join(traceback.format_exception(error))
-        raise FactoryError(f"The factory {factory!r} failed:\n{frames}") from error
-    shape = f"The factory {factory!r} must return (model, args) or (model, args, kwargs)"
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
-        raise FactoryError(f"{shape}, but it returned {got}.")
-    model, args, kwargs = (*made, {})[:3]
-    if not callable(model):
-        raise FactoryError(f"{shape}, but its model, a {type(model).__name__}, is not callable.")
-    if not isinstance(args, (tuple, list)):
-        got = type(args).__name__
-        raise FactoryError(f"{shape}, but its args are a {got}; write (model, (x,)).")
-    if not isinstance(kwargs, dict):
-        raise FactoryError(f"{shape}, but its kwargs are a {type(kwargs).__name__}, not a dict.")
-    return model, tuple(args), kwargs
-
-
-def _find(factory: str) -> Any:
-    module_name, colon, name = factory.partition(":")
-    if not (module_name and colon and name) or "/" in factory:
-        raise FactoryError(
-            f"{factory!r} is not of the form package.module:factory. For a file "
-            f"mymodels/tiny.py with a function make(), write mymodels.tiny:make."
-        )
-    try:
-        # As `python -m` does already; the installed script and the test runner do not.
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        value: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        if module_name == missing or module_name.startswith(f"{missing}."):
-            text = f"There is no module {missing!r} on sys.path or in {os.getcwd()}."
-        else:
-            text = f"The module {module_name!r} imports {missing!r}, which is not installed."
-        raise FactoryError(text) from error
-    except Exception as error:
-        frames = "".join(traceback.format_exception(error))
-        raise FactoryError(f"The module {module_name!r} does not import:\n{frames}") from error
-    if not hasattr(value, name):
-        public = [n for n in vars(value) if not n.startswith("_") and callable(vars(value)[n])]
-        close = difflib.get_close_matches(name, public, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise FactoryError(f"The module {module_name!r} has no {name!r}.{hint}")
-    function = getattr(value, name)
-    if not callable(function):
-        raise FactoryError(f"{factory!r} is a {type(function).__name__}, not a function.")
-    return function
-
-
 def _log_graphs() -> None:
     # torch's own logs: the graph that the patterns are matched on, and the one that came out.
     import torch._logging
@@ -278,16 +229,39 @@ def _log_graphs() -> None:
     torch._logging.set_logs(aot_graphs=True, post_grad_graphs=True)
 
 
-def _show(report: Report, json_file: str) -> None:
+def _show(report: Report, json_file: str, html_file: str) -> None:
     if json_file == "-":
         typer.echo(report.to_json(indent=2))
-        return
-    report.print()
-    if json_file:
-        try:
-            pathlib.Path(json_file).write_text(report.to_json(indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            _fail(f"The report could not be written to {json_file!r}: {error.strerror}.", 2)
+    else:
+        report.print()
+        if json_file:
+            _write(json_file, report.to_json(indent=2) + "\n")
+    if html_file:
+        _write(html_file, report.to_html())
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        pathlib.Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"The report could not be written to {file!r}: {error.strerror}.", 2)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr: called with what is being done and how many steps there may be in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(text: str, total: int) -> None:
+            bar.update(task, description=text, total=total, advance=1)
+
+        yield advance
 
 
 def _fail(message: str, code: int) -> NoReturn:

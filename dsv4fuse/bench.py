@@ -154,13 +154,19 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
 
 
 def run(
-    names: Sequence[str], models: Iterable[str], tokens: Iterable[int], path: pathlib.Path | None
-) -> tuple[list[Row], list[str]]:
-    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``)."""
+    names: Sequence[str], models: Sequence[str], tokens: Iterable[int], path: pathlib.Path | None,
+    progress: Callable[[str, int], None] = lambda text, total: None,
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``).
+
+    ``progress`` is called before each row with its name and the number of all rows.
+    """
     console, rows, wrong = Console(), list[Row](), list[str]()
+    sites = list(_sites(names, tokens))
     for model in models:
         table = Table(*TITLES, title=model)
-        for name, variant, t in _sites(names, tokens):
+        for name, variant, t in sites:
+            progress(f"{name} ({variant}), {t} tokens", len(models) * len(sites))
             try:
                 row = measure(registry()[name], variant, model, t)
             except Exception as error:  # one that cannot run does not hold up the others

@@ -43,25 +43,27 @@ def bisect(
     *,
     tolerance: float = 0.0,
     options: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int], None] = lambda text, total: None,
 ) -> Verdict:
     """Finds the sites by which ``model(*args, **kwargs)`` differs by more than ``tolerance``.
 
     Each trial compiles a deep copy of the model from scratch; its inputs and state are copies.
+    ``progress`` is called with what a trial found and how many trials there may be in all.
     """
     trial = _Trial(model, tuple(args), dict(kwargs or {}), dict(options or {}))
     wanted, _ = trial.run([])
     found, report = trial.run(None)
     taken = [s for s in report.sites if s.status == "taken"]
     together = distance(wanted, found)
-    tried = 2
+    tried, most = 2, 2 + 2 * max(1, len(taken)).bit_length()
+    progress(f"{len(taken)} sites: off by {together:.3g}", most)
 
     def off(sites: list[Site]) -> float:
         nonlocal tried
         tried += 1
         result, _ = trial.run([str(s.detail["site"]) for s in sites])
         apart = distance(wanted, result)
-        progress(f"{len(sites)} of {len(taken)} sites: off by {apart:.3g}")
+        progress(f"{len(sites)} of {len(taken)} sites: off by {apart:.3g}", most)
         return apart
 
     if not _beyond(together, tolerance):

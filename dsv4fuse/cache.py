@@ -48,9 +48,7 @@ def _sources() -> list[tuple[str, pathlib.Path]]:
     found: dict[str, pathlib.Path] = {}
     for package in _PACKAGES:
         module = importlib.import_module(package)
-        # Of dsv4fuse only its own folder: its __path__ also names the checkout's root.
-        folders = [os.path.dirname(module.__file__)] if module.__file__ else list(module.__path__)
-        for folder in map(pathlib.Path, folders):
+        for folder in map(pathlib.Path, module.__path__):
             for path in folder.iterdir():
                 if path.suffix in _SUFFIXES and path.is_file():
                     found.setdefault(f"{package}/{path.name}", path)

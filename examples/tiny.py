@@ -1,4 +1,4 @@
-"""Tiny models with random weights, for ``python -m dsv4fuse explain examples.tiny:hf`` and the like.
+"""Tiny models with random weights: ``python -m dsv4fuse explain examples.tiny:hf`` and the like.
 
 Each function returns (model, args, kwargs). bf16 as on a GPU, so that the same sites are found.
 """
@@ -41,6 +41,27 @@ def plain_decode() -> Made:
     model = _plain()
     token = torch.randint(model.config.vocab_size, (BATCH, 1))
     return model.decode, (token, torch.full((BATCH, 1), LENGTH)), {}
+
+
+def deepseek(start: int = 0, length: int = LENGTH) -> Made:
+    """A prefill of layers in DeepSeek's own spelling, as tests/reference_v4.py writes them anew."""
+    from tests.reference_v4 import Model, Sizes
+
+    _prepare()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Model(Sizes(), n_layers=2)
+        x = torch.randn(BATCH, length, Sizes().dim)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for weight in model.state_dict().values():
+        weight.normal_(0.0, 2 * weight.shape[-1] ** -0.5)
+    return model, (x, start), {}
+
+
+def deepseek_decode() -> Made:
+    """A decode step of them."""
+    return deepseek(start=LENGTH, length=1)
 
 
 def _plain() -> Transformer:

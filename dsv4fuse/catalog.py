@@ -1,0 +1,184 @@
+"""What there is: every fusion, where it is taken and how fast it is; every op; as Markdown tables.
+
+The tables in README.md and docs/ are made here, from the registry, the measurements beside the
+kernels and the sites found in real models, and stand there between markers:
+``<!-- fusions -->`` … ``<!-- /fusions -->``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4fuse.fusion import registry
+from dsv4fuse.select import SLOWER, measured
+
+MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
+
+
+class MarkerError(ValueError):
+    """A marker that no table belongs to, or that is not closed."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One measured variant: µs of Inductor's code and ours by number of tokens."""
+
+    name: str
+    times: tuple[tuple[int, float, float], ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / inductor for _, inductor, ours in self.times]
+
+    @property
+    def region(self) -> str:
+        """The numbers of tokens at which ``select="auto"`` takes it."""
+        won = [t for t, inductor, ours in self.times if ours <= SLOWER * inductor]
+        every = [t for t, _, _ in self.times]
+        if won == every:
+            return f"{every[0]}–{every[-1]}"
+        if not won:
+            return "nowhere"
+        return ", ".join(_runs(won, every))
+
+
+def _runs(won: list[int], every: list[int]) -> list[str]:
+    """Numbers that follow each other in ``every`` as ranges."""
+    runs: list[list[int]] = []
+    for t in won:
+        if runs and every.index(t) == every.index(runs[-1][-1]) + 1:
+            runs[-1].append(t)
+        else:
+            runs.append([t])
+    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def variants(fusion: str) -> list[Variant]:
+    """What is measured of a fusion beside its kernel, for the sizes of DeepSeek-V4-Flash."""
+    rows = [r for r in (measured(fusion) or {"rows": []})["rows"] if r["model"] == "flash"]
+    names = dict.fromkeys(r["variant"] for r in rows)
+    return [
+        Variant(
+            name,
+            tuple(sorted((r["tokens"], r["inductor"], r["ours"]) for r in rows
+                         if r["variant"] == name)),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def replaces(fusion: str) -> str:
+    """The first sentence of its pattern's docstring."""
+    doc = importlib.import_module(f"dsv4fuse.patterns.{fusion}").__doc__ or ""
+    text = " ".join(doc.split("\n\n")[0].split()).rstrip(".")
+    return text[:1].upper() + text[1:]
+
+
+def found_in(fusion: str, root: pathlib.Path) -> list[str]:
+    """The models in which sites of it were taken."""
+    models: Mapping[str, Any] = json.loads((root / MODELS).read_text())["models"]
+    return [name for name, steps in models.items() if any(s.get(fusion) for s in steps.values())]
+
+
+def fusions_table(root: pathlib.Path) -> str:
+    """Of every fusion: what it replaces, the models, its speed against Inductor's and where."""
+    rows = []
+    for name in registry():
+        timed = variants(name)
+        ratios = [r for v in timed for r in v.ratios]
+        speed = f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else "timed on the spot"
+        if not registry()[name].kernel:
+            speed = "no kernel"
+        by_region: dict[str, list[str]] = {}
+        for v in timed:
+            by_region.setdefault(v.region, []).append(v.name)
+        parts = [r if len(by_region) == 1 else f"{', '.join(n)}: {r}" for r, n in by_region.items()]
+        models = ", ".join(found_in(name, root)) or "–"
+        rows.append((f"`{name}`", replaces(name), models, speed, "; ".join(parts) or "–"))
+    titles = ("fusion", "replaces", "taken in", "time / Inductor's", "taken at (tokens)")
+    return _table(titles, rows)
+
+
+def listing() -> str:
+    """The fusions as plain text, for a terminal."""
+    lines = []
+    for name in registry():
+        lines += [name, f"  {replaces(name)}."]
+        for v in variants(name):
+            r = v.ratios
+            lines.append(
+                f"  {v.name}: {min(r):.2f}–{max(r):.2f} of Inductor's time, "
+                f"taken at {v.region} tokens"
+            )
+    return "\n".join(lines)
+
+
+def times_table(root: pathlib.Path) -> str:
+    """Of every measured variant: µs of Inductor → dsv4fuse (ratio) by number of tokens."""
+    counts = (1, 64, 1024, 8192)
+    rows = []
+    for name in registry():
+        for v in variants(name):
+            known = {t: (inductor, ours) for t, inductor, ours in v.times}
+            pairs = (known[t] for t in counts)
+            cells = (f"{i:.2f} → {o:.2f} ({o / i:.2f})" for i, o in pairs)
+            rows.append((f"`{name}`", v.name, *cells))
+    return _table(("fusion", "variant", *(f"{t}" for t in counts)), rows)
+
+
+def ops_table(root: pathlib.Path) -> str:
+    """Every op with the file that says its shapes, dtypes and roundings."""
+    kernels = importlib.import_module("dsv4fuse.kernels")
+    rows = []
+    for stem in sorted(m.name for m in pkgutil.iter_modules(kernels.__path__)):
+        if stem.startswith("_"):
+            continue
+        module = importlib.import_module(f"dsv4fuse.kernels.{stem}")
+        names = [n for n, v in vars(module).items() if isinstance(v, torch.library.CustomOpDef)]
+        for name in names:
+            schema = getattr(torch.ops.dsv4fuse, name).default._schema
+            given = ", ".join(a.name + "=…" * a.has_default_value() for a in schema.arguments)
+            doc = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+            rows.append((f"`{name}`", doc, f"`{given}`", f"[{stem}.py](../kernels/{stem}.py)"))
+    return _table(("op", "what it computes", "arguments", "shapes, dtypes, rounding"), rows)
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = list(titles)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
+    "fusions": fusions_table,
+    "times": times_table,
+    "ops": ops_table,
+}
+_OPEN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
+
+
+def renewed(text: str, root: pathlib.Path) -> str:
+    """A page with every table between its markers as it is now. Raises MarkerError."""
+    at = 0
+    while (opened := _OPEN.search(text, at)) is not None:
+        name = opened[1]
+        closing = f"<!-- /{name} -->"
+        end = text.find(closing, opened.end())
+        if name not in TABLES or end < 0:
+            raise MarkerError(
+                f"The marker {opened[0]} needs {closing} behind it and a name of "
+                f"{', '.join(TABLES)}."
+            )
+        made = f"\n{TABLES[name](root)}\n"
+        text = text[: opened.end()] + made + text[end:]
+        at = opened.end() + len(made)
+    return text
