@@ -89,23 +89,11 @@ def dsv4fuse(
     register_ops()
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
-    differentiated = compat.will_be_differentiated(gm, example_inputs)
-    if differentiated:
+    if compat.will_be_differentiated(gm, example_inputs):
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     else:
-        fusing = FusionPass(parsed, compat.configured_passes(), alone=False)
-        key = _key(gm, example_inputs, fusing)
-        compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
-        stored = None if fusing.report.graphs or key is None else cache.load_report(key)
-        if stored is not None and trial.stale(stored.found()):
-            stored = key = None  # what lies in the cache stays the report's that lies beside it
-        if stored is None and not fusing.report.graphs:
-            # Inductor's cache was warm and says nothing of what lies in it, or what lies in it
-            # is not what the other ranks of this job run.
-            with compat.without_caches():
-                compiled = compat.compile_inner(gm, example_inputs, fusing, parsed.inner, mode)
-        report = _recorded(fusing, stored, key)
+        compiled, report = _fused(gm, example_inputs, parsed, mode)
         _log(report)
     broken = compat.graph_break(gm)
     if broken is not None:
@@ -120,6 +108,32 @@ def dsv4fuse(
     return compiled
 
 
+def _fused(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None
+) -> tuple[Callable[..., Any], Report]:
+    """The graph compiled with the pass, and the report of the pass or, where Inductor's cache was
+    warm, of the process that filled it."""
+    fusing = FusionPass(options, compat.configured_passes(), alone=False)
+    key = _key(gm, inputs, fusing)
+    compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
+    if not fusing.report.graphs:
+        stored = cache.load_report(key) if key is not None else None
+        if stored is not None and not trial.stale(stored.found()):
+            stored.notes.append(_WARM)
+            return compiled, stored
+        # Nothing says what lies in the cache, or it is not what the job's other ranks run; and
+        # then what lies beside it stays.
+        key = None if stored is not None else key
+        with compat.without_caches():
+            compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
+    if key is not None and fusing.report.graphs:
+        cache.save_report(key, fusing.report)
+    return compiled, fusing.report
+
+
+_WARM = "Read back, since Inductor's cache was warm: lines are as they were when it was filled."
+
+
 def _log(report: Report) -> None:
     """To torch's logs: TORCH_LOGS="dsv4fuse" and "+dsv4fuse", and the trace that tlparse reads.
 
@@ -127,7 +141,7 @@ def _log(report: Report) -> None:
     """
     log.info("%s", render.headline(report))
     for site in report.sites:
-        seen = _collecting or site.status in ("taken", "declined")
+        seen = _collecting.get() is not None or site.status in ("taken", "declined")
         words = (site.status, site.fusion, site.where, site.reason)
         log.log(logging.DEBUG if seen else logging.WARNING, "%s %s at %s: %s", *words)
     torch._logging.trace_structured(
@@ -181,19 +195,6 @@ def _key(gm: fx.GraphModule, inputs: Sequence[Any], fusing: FusionPass) -> str |
             x = (tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
         digest.update(str(x).encode())
     return digest.hexdigest()
-
-
-def _recorded(fusing: FusionPass, stored: Report | None, key: str | None) -> Report:
-    """The report of the pass, or the one of the process that filled Inductor's cache."""
-    if stored is not None:
-        stored.notes.append(_WARM)
-        return stored
-    if key is not None and fusing.report.graphs:
-        cache.save_report(key, fusing.report)
-    return fusing.report
-
-
-_WARM = "Read back, since Inductor's cache was warm: lines are as they were when it was filled."
 
 
 def _remember(gm: fx.GraphModule, inputs: Sequence[Any], report: Report) -> None:
