@@ -17,15 +17,16 @@ ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
 PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo test test-long lint doctor clean
+.PHONY: help setup demo test test-long versions lint doctor clean
 
 help:
 	@echo "make demo       run examples/quickstart.py and show what was fused"
 	@echo "make test       run the tests (two processes; WORKERS=n for more)"
 	@echo "make test-long  run all tests, those of minutes too, with the long hypothesis profile"
+	@echo "make versions TORCH='2.11.0 2.12.1'  run the pass's tests under these, keep the counts"
 	@echo "make lint       ruff and mypy"
 	@echo "make doctor     what this machine can run, and why not the rest"
-	@echo "make clean      remove .venv, .venv-alt and all caches"
+	@echo "make clean      remove the environments and all caches"
 
 setup: $(STAMP)
 
@@ -56,6 +57,9 @@ test: $(STAMP) $(ALT_STAMP)
 test-long: $(STAMP) $(ALT_STAMP)
 	@HYPOTHESIS_PROFILE=long $(PYTEST) $(PYTEST_ARGS)
 
+versions: $(STAMP)
+	@$(BIN)/python tests/versions.py $(TORCH)
+
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/mypy && echo "lint: no complaints"
 
@@ -63,4 +67,4 @@ doctor: $(STAMP)
 	@$(BIN)/python -m dsv4fuse doctor
 
 clean:
-	rm -rf $(VENV) $(ALT) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALT) .versions build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
