@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 pytho
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; done)
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PROGRAMS ?= 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,13 +18,14 @@ ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
 PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo test test-long versions lint doctor clean
+.PHONY: help setup demo test test-long versions generate lint doctor clean
 
 help:
 	@echo "make demo       run examples/quickstart.py and show what was fused"
 	@echo "make test       run the tests (two processes; WORKERS=n for more)"
 	@echo "make test-long  run all tests, those of minutes too, with the long hypothesis profile"
 	@echo "make versions TORCH='2.11.0 2.12.1'  run the pass's tests under these, keep the counts"
+	@echo "make generate   draw programs and mutants, PROGRAMS=n of each (see tests/generate)"
 	@echo "make lint       ruff and mypy"
 	@echo "make doctor     what this machine can run, and why not the rest"
 	@echo "make clean      remove the environments and all caches"
@@ -59,6 +61,9 @@ test-long: $(STAMP) $(ALT_STAMP)
 
 versions: $(STAMP)
 	@$(BIN)/python tests/versions.py $(TORCH)
+
+generate: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.generate --programs $(PROGRAMS) --workers $(WORKERS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/mypy && echo "lint: no complaints"

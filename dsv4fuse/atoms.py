@@ -210,7 +210,7 @@ def hyper_expand(out: Tensor, x: Tensor, post: Tensor, comb: Tensor, *, rounding
     if rounding == "every":
         post, comb = post.to(x.dtype), comb.to(x.dtype)
     else:
-        x = x.float()
+        x, post, comb = x.float(), post.float(), comb.float()
     mixed = torch.matmul(comb.transpose(-1, -2), x)
     return (post.unsqueeze(-1) * out.unsqueeze(-2) + mixed).to(out.dtype)
 

@@ -13,12 +13,18 @@ from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.views import VIEWS
 
+SMALL = 1e-3
 DRAWS = 20  # of random inputs, until the result of one is determined (no choice among equals)
 
 
-def draw(candidate: Candidate, outer: list[fx.Node]) -> dict[fx.Node, Any] | None:
-    """A sample of each leaf, such that some row of the outputs has only one right result."""
-    for number in range(DRAWS):
+def draw(
+    candidate: Candidate, outer: list[fx.Node], first: int = 0
+) -> dict[fx.Node, Any] | None:
+    """A sample of each leaf, such that some row of the outputs has only one right result.
+
+    ``first`` is the number of the first one tried: another one gives other values.
+    """
+    for number in range(first, first + DRAWS):
         drawn = {candidate.like.get(n, n) for n in outer}
         shown = {n: base for n in drawn if (base := shows(n, drawn)) is not None}
         made = {n: sample(n, candidate, number) for n in drawn if n not in shown}
@@ -80,7 +86,9 @@ def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
         flat = torch.polar(torch.ones_like(angle), angle).to(fake.dtype)
     elif fake.dtype.is_floating_point:
         size = candidate.spread.get(node, 2.0)
-        flat = torch.randn(extent, generator=generator).mul_(size).to(fake.dtype)
+        flat = torch.randn(extent, generator=generator).mul_(size)
+        _diminish(flat, shape, strides)
+        flat = flat.to(fake.dtype)
     elif fake.dtype == torch.bool:
         flat = torch.rand(extent, generator=generator) < 0.5
     elif node in candidate.reads:
@@ -90,6 +98,13 @@ def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
         values = _indices(shape, *candidate.places.get(node, (1, None)))
         return values.to(fake.dtype).to(fake.device)
     return flat.to(fake.device).as_strided(shape, strides)
+
+
+def _diminish(flat: Tensor, shape: list[int], strides: list[int]) -> None:
+    """Makes the first row of several so small that an eps or a least scale decides there."""
+    if len(shape) > 1 and shape[-2] > 1 and strides[-2]:
+        size = [1 if s == 0 else n for n, s in zip(shape, strides, strict=True)]
+        flat.as_strided(size, strides).select(-2, 0).mul_(SMALL)
 
 
 def _indices(shape: list[int], places: Any, axis: int | None) -> Tensor:

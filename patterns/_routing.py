@@ -75,8 +75,11 @@ def _top(node: fx.Node) -> bool:
 def choice(scene: Scene, gathered: Gathered) -> Choice | None:
     """Where the index of a gather comes from, through views of the same order."""
     node, experts = gathered.index, gathered.scores.meta["val"].shape[-1]
-    wraps = node.target is aten.remainder.Scalar and node.args[1] == experts
-    node = node.args[0] if wraps else node  # take_along_dim lets negative ones count from the end
+    # Negative ones count from the end in take_along_dim and in an index, not in a gather: a table
+    # may hold them, a top-k's indices never are.
+    along = node.target is aten.remainder.Scalar and node.args[1] == experts
+    wraps = along or gathered.node.target is aten.index.Tensor
+    node = node.args[0] if along else node
     while node.target in VIEWS - {operator.getitem} and scene.reshaped(node, node.args[0]):
         node = node.args[0]
     if node.target is operator.getitem and _top(node.args[0]) and node.args[1] == 1:

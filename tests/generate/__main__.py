@@ -1,4 +1,4 @@
-"""``python -m tests.generate``: thousands of generated programs and mutants, and what came of them."""
+"""``python -m tests.generate``: thousands of generated programs and mutants, in numbers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ._draws import Tally, chunk, prepare
 
 SIZE = 25  # programs and mutants a task: a failed task loses no more
 console = Console()
+app = typer.Typer(add_completion=False)
 
 
 def _chunks(seed: int, programs: int, only: str, workers: int) -> Iterator[Tally]:
@@ -41,6 +42,7 @@ def _chunks(seed: int, programs: int, only: str, workers: int) -> Iterator[Tally
             yield from (d.result() for d in done)
 
 
+@app.command()
 def main(
     programs: Annotated[int, typer.Option(help="How many to draw, and as many mutants.")] = 1000,
     workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
@@ -51,7 +53,12 @@ def main(
 ) -> None:
     """Draw programs and mutants; exit 1 where one computes something else, or crashes."""
     total, started = Tally(), time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("programs", total=programs)
         for tally in _chunks(seed, programs, only, workers):
@@ -92,4 +99,4 @@ def _show(tally: Tally) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -19,9 +19,7 @@ FLOORS = (0.5, 1e-4, 1e-12)
 
 def norm(hand: Hand, dtype: torch.dtype, dim: int, what: str = "norm") -> tuple[Fn, Tensor]:
     """``norm(x)`` of ``dim`` lanes, with its weight, which several norms may share."""
-    fn = hand.pick(
-        what, NORMS, loose=_norms.LOOSE, mutants=_norms.MUTANTS, of="hf_weighted"
-    )
+    fn = hand.pick(what, NORMS, loose=_norms.LOOSE, mutants=_norms.MUTANTS, of="hf_weighted")
     wide = hand.words[what] in _norms.FP32_WEIGHT
     weight = hand.random(dim, dtype=FP32 if wide else dtype)
     eps = hand.eps()
@@ -63,9 +61,7 @@ def _pieces(part: str) -> dict[str, Fn]:
 
 BLOCKS, AMAX, FLOOR, SCALE, CODES = map(_pieces, ("blocks", "amax", "floor", "scale", "codes"))
 # Codes by a reciprocal: only of a power of two is it exact.
-RECIPROCAL = {
-    n: v["codes"] for n, v in _quants.VARIANTS.items() if {"scale", "codes"} == set(v)
-}
+RECIPROCAL = {n: v["codes"] for n, v in _quants.VARIANTS.items() if {"scale", "codes"} == set(v)}
 STEPS = {"blocks": BLOCKS, "amax": AMAX, "floor": FLOOR, "scale": SCALE, "codes": CODES}
 
 

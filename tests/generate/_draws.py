@@ -13,9 +13,9 @@ from typing import Any
 
 import hypothesis
 import torch
+from dsv4fuse.kernels import _common as common
 from hypothesis import strategies as st
 
-from dsv4fuse.kernels import _common as common
 from dsv4fuse import ops
 
 from . import _check, _mutants, _programs
@@ -28,7 +28,8 @@ KEPT = 400  # failures whose programs are written out
 
 @dataclass
 class Tally:
-    """``counts`` are numbers by name, by fusion ``<what> <fusion>``; ``failures`` tell of programs."""
+    """``counts``: numbers by name, those of a fusion as ``<what> <fusion>``; ``edits``: what the
+    check on random inputs said of each kind; ``failures``: what went wrong, and where."""
 
     counts: Counter[str] = field(default_factory=Counter)
     edits: Counter[str] = field(default_factory=Counter)

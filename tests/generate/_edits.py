@@ -77,7 +77,11 @@ def edits_of(node: fx.Node) -> Iterator[tuple[str, Edit]]:
             if node.target is old:
                 yield name, _target(new)
     for i in CONSTANTS.get(node.target, ()):
-        if i < len(node.args) and isinstance(node.args[i], int | float) and node.args[i] is not True:
+        if (
+            i < len(node.args)
+            and isinstance(node.args[i], int | float)
+            and node.args[i] is not True
+        ):
             yield "another number", _argument(i, _other(node.args[i]))
     if node.target in AXES and isinstance(axis := node.args[AXES[node.target]], int | list):
         other = axis - 1 if isinstance(axis, int) else [a - 1 for a in axis]
@@ -104,8 +108,11 @@ def _slices(node: fx.Node) -> Iterator[tuple[str, Edit]]:
     _, dim, start, end, *step = node.args
     extent = node.args[0].meta["val"].shape[dim]
     if start > 0 and end > start:
-        yield "a slice one early", lambda g, n: setattr(
-            n, "args", (n.args[0], dim, start - 1, min(end, extent) - 1, *step)
+        yield (
+            "a slice one early",
+            lambda g, n: setattr(
+                n, "args", (n.args[0], dim, start - 1, min(end, extent) - 1, *step)
+            ),
         )
 
 

@@ -16,7 +16,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dsv4fuse import exact
 
 _TABLE = select_decomp_table()
 
@@ -53,6 +55,25 @@ def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
 def _plain(t: Tensor) -> Tensor:
     functional.sync_functional_tensor(t)
     return functional.from_fun(t)
+
+
+def truth(fn: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+    """Every tensor that ``fn(*args)`` returns and leaves in its arguments, in exact arithmetic."""
+    module = traced(fn, args)
+    env: dict[fx.Node, Any] = {}
+    given = iter(a for a in args if isinstance(a, Tensor))
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given).clone()
+        elif node.op == "get_attr":
+            env[node] = getattr(module, node.target)
+    inputs = [n for n in env if n.op == "placeholder"]
+    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
+    ends = tree_leaves(module.graph.output_node().args[0])
+    kept = [n for n in (*ends, *inputs) if isinstance(n, fx.Node)]
+    with torch.no_grad():
+        env = exact.truth(nodes, env, kept)
+    return [env[n] for n in kept if isinstance(env[n], Tensor)]
 
 
 def run(module: fx.GraphModule, args: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ def of_pieces(original: Site, changed: Site) -> Mutant:
         found = _graphs.run(module, left)
         result.taken = bool(report.with_status("taken"))
         if result.taken:
-            result.wrong = _check.unequal((wanted, args), (found, left), exact=False)
+            ends = (wanted, args), (found, left)
+            result.wrong = _check.unequal(*ends, exact=False) and _check.further_off(changed, *ends)
     except Exception:
         result.crash = traceback.format_exc()
     return result
@@ -84,13 +85,32 @@ def of_graph(site: Site, draw: Callable[[Any], Any]) -> Mutant | None:
         return None
     kind = draw(st.sampled_from(sorted({name for _, name, _ in ways})))
     ways = [w for w in ways if w[1] == kind]
-    node, name, edit = ways[draw(st.integers(0, len(ways) - 1))]
+    way = ways[draw(st.integers(0, len(ways) - 1))]
+    return _mutant(site, module, candidate, way)
+
+
+def every(site: Site, kinds: Collection[str]) -> Iterator[Mutant]:
+    """Every edit of these kinds at every node of what the pass would replace."""
+    module = _graphs.traced(site.fn, _check.copied(site.inputs))
+    for candidate, region in _places(module):
+        for node in region:
+            for name, edit in _edits.edits_of(node):
+                made = (
+                    _mutant(site, module, candidate, (node, name, edit)) if name in kinds else None
+                )
+                if made is not None:
+                    yield made
+
+
+def _mutant(
+    site: Site, module: fx.GraphModule, candidate: Candidate, way: tuple[fx.Node, str, _edits.Edit]
+) -> Mutant | None:
+    node, name, edit = way
     try:
         copy, copies = _edits.edited(module, node, edit)
     except _edits.Void:
         return None
-    where = compat.place(node)
-    result = Mutant(repr(site), f"{name} at {node.name} = {node.target}{where[1:]}", candidate.fusion)
+    result = Mutant(repr(site), f"{name} at {node.name} = {node.target}", candidate.fusion)
     try:
         _by_terms(result, site, module, copy)
         if not result.void:
@@ -105,9 +125,7 @@ def _places(module: fx.GraphModule) -> list[tuple[Candidate, list[fx.Node]]]:
     return [(c, r) for c, r in found if c.unsupported is None and r]
 
 
-def _by_terms(
-    result: Mutant, site: Site, module: fx.GraphModule, copy: fx.GraphModule
-) -> None:
+def _by_terms(result: Mutant, site: Site, module: fx.GraphModule, copy: fx.GraphModule) -> None:
     """Does the pass, by its terms alone, make of the mutant something else?"""
     args = [_check.copied(site.inputs) for _ in range(3)]
     original = _graphs.run(module, args[0])
@@ -121,7 +139,9 @@ def _by_terms(
     result.taken = bool(report.with_status("taken"))
     if result.taken:
         found = _graphs.run(fused, args[2])
-        result.wrong = _check.unequal((wanted, args[1]), (found, args[2]), exact=False)
+        ends = (wanted, args[1]), (found, args[2])
+        mutant = dataclasses.replace(site, fn=copy)
+        result.wrong = _check.unequal(*ends, exact=False) and _check.further_off(mutant, *ends)
 
 
 def _forced(candidate: Candidate, copies: dict[fx.Node, fx.Node], graph: fx.Graph) -> str:
@@ -132,11 +152,13 @@ def _forced(candidate: Candidate, copies: dict[fx.Node, fx.Node], graph: fx.Grap
     if any(e not in region for e in ends):
         return ""
     with compat.outside_compilation():
-        said = verify._check(moved, region, "faithful")
+        said = verify._checked(moved, region, "faithful")
         if said is not None:
             return "rejected"
         made = samples.draw(moved, samples.leaves(moved, region))
-        was = _between(candidate.root.graph, candidate.inputs, (*candidate.outputs, *candidate.updates))
+        was = _between(
+            candidate.root.graph, candidate.inputs, (*candidate.outputs, *candidate.updates)
+        )
         back = {copies[n]: n for n in copies}
         if made is None or any(n not in back for n in made):
             return "close"
@@ -162,11 +184,24 @@ def _moved(candidate: Candidate, copies: dict[fx.Node, fx.Node]) -> Candidate:
             return {moved(k): moved(v) if isinstance(v, fx.Node) else v for k, v in value.items()}
         return value
 
-    names = ("root", "inputs", "outputs", "caches", "updates", "places", "pieces", "reads", "spread", "like")
+    names = (
+        "root",
+        "inputs",
+        "outputs",
+        "caches",
+        "updates",
+        "places",
+        "pieces",
+        "reads",
+        "spread",
+        "like",
+    )
     return dataclasses.replace(candidate, **{n: moved(getattr(candidate, n)) for n in names})
 
 
-def _between(graph: fx.Graph, inputs: tuple[fx.Node, ...], ends: tuple[fx.Node, ...]) -> list[fx.Node]:
+def _between(
+    graph: fx.Graph, inputs: tuple[fx.Node, ...], ends: tuple[fx.Node, ...]
+) -> list[fx.Node]:
     """The nodes that compute the ends from the inputs, in the graph's order."""
     inside, waiting = set[fx.Node](), list(ends)
     while waiting:

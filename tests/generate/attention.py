@@ -35,10 +35,15 @@ VALUE_EDITS = {
 
 def tokens_first(hand: Hand) -> Site:
     """q ``[B,S,H,D]``, a boolean mask."""
-    sizes = tuple(hand.number(n, v) for n, v in zip("BSHT", ((2, 1, 3), (5, 1), (4, 8), (11, 7)), strict=True))
+    sizes = tuple(
+        hand.number(n, v) for n, v in zip("BSHT", ((2, 1, 3), (5, 1), (4, 8), (11, 7)), strict=True)
+    )
     dtype = hand.dtype("dtype", "bf16", "fp16")
     wide = hand.flag("fp32 products")
-    scores, values = hand.pick("scores", SCORES), hand.pick("values", VALUES, mutants=VALUE_EDITS, of="einsum")
+    scores, values = (
+        hand.pick("scores", SCORES),
+        hand.pick("values", VALUES, mutants=VALUE_EDITS, of="einsum"),
+    )
     weigh = hand.pick("weights", _attentions.WEIGHTS, mutants=EDITS, of="cat_softmax")
     mask, first, last = hand.pick("mask", MASKS), hand.seam("in front"), hand.seam("behind")
 
@@ -58,28 +63,36 @@ SCALED = {"times": lambda s: s * dense.SCALE, "divided": lambda s: s / 4.0, "not
 
 def heads_first(hand: Hand) -> Site:
     """q ``[B,H,S,D]``, a mask that is added."""
-    sizes = tuple(hand.number(n, v) for n, v in zip("BSHT", ((2, 1, 3), (5, 1), (4, 8), (11, 7)), strict=True))
+    sizes = tuple(
+        hand.number(n, v) for n, v in zip("BSHT", ((2, 1, 3), (5, 1), (4, 8), (11, 7)), strict=True)
+    )
     dtype = hand.dtype("dtype", "bf16", "fp16")
     kind = hand.number("mask", ("inf", "min"))
     fn = dense.heads_first(
         hand.pick("weights", WAYS), hand.flag("transposed"), hand.pick("scale", SCALED)
     )
     first = hand.seam("in front")
-    q, kv, mask, sinks = dense.inputs(first=True, mask=kind, dtype=dtype, sinks=dtype, sizes=sizes)()
+    q, kv, mask, sinks = dense.inputs(
+        first=True, mask=kind, dtype=dtype, sinks=dtype, sizes=sizes
+    )()
 
     def whole(q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
         return fn(q, first(kv), mask, sinks)
 
-    return hand.site("sink_attention", whole, (q, kv, mask, sinks), {"sink_attention": 1}, exact=False)
+    return hand.site(
+        "sink_attention", whole, (q, kv, mask, sinks), {"sink_attention": 1}, exact=False
+    )
 
 
 GATHERED = {
     "gather": lambda w: sparse.by_gather(w),
-    "index": lambda w: lambda q, kv, at, sinks: sparse._attend(
-        q, kv[torch.arange(kv.shape[0])[:, None, None], at], at < 0, sinks, w
+    "index": lambda w: (
+        lambda q, kv, at, sinks: sparse._attend(
+            q, kv[torch.arange(kv.shape[0])[:, None, None], at], at < 0, sinks, w
+        )
     ),
-    "pool": lambda w: lambda q, kv, at, sinks: sparse._attend(
-        q, kv.flatten(0, 1)[at], at < 0, sinks, w
+    "pool": lambda w: (
+        lambda q, kv, at, sinks: sparse._attend(q, kv.flatten(0, 1)[at], at < 0, sinks, w)
     ),
 }
 

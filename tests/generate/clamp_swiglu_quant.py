@@ -73,7 +73,9 @@ def _weight(
             return _swiglus.act(x, **{**pieces, "product": lambda s, u: product(own(s, u), w)})
 
         return weighed, (hand.random(*lead, 1, dtype=FP32),)
-    return (lambda pieces, x, w: _swiglus.act(x, **pieces) * w), (hand.random(*lead, 1, dtype=dtype),)
+    return (lambda pieces, x, w: _swiglus.act(x, **pieces) * w), (
+        hand.random(*lead, 1, dtype=dtype),
+    )
 
 
 def _codes(hand: Hand) -> Fn:

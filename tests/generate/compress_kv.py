@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..spellings import _pools as p
@@ -55,7 +54,9 @@ def rings(hand: Hand) -> Site:
     overlap, mask = hand.flag("overlap"), hand.pick("mask", {"fill": p.masked, "where": p.by_where})
     edits = {"late": dict(late=1), "gates late": dict(gate_shift=1)}
     way = hand.pick("ring", {"usual": {}}, mutants=edits, of="usual")
-    result = hand.pick("result", {"all but the last": lambda t: t[:, :-1], "copy": lambda t: t[:, :-1] * 2})
+    result = hand.pick(
+        "result", {"all but the last": lambda t: t[:, :-1], "copy": lambda t: t[:, :-1] * 2}
+    )
     series = 2 if overlap else 1
     fn = p.ring(overlap, mask=mask, result=result, **way)
     given = c.ring_inputs(series, series * p.RATIO + hand.number("more", (2, 0, 5)))()

@@ -31,6 +31,7 @@ POSTS = {
     "bmm": post._bmm,
     "first layer": post._expanded,
 }
+CASTING = ("transformers", "einsum in bf16", "rows", "first layer")  # of any weights
 POST_EDITS = {
     "products rounded": post._rounded_products,
     "one post": post._shared_post,
@@ -41,7 +42,11 @@ POST_EDITS = {
 
 
 def _inputs(hand: Hand, outputs: int) -> tuple[Tensor, ...]:
-    b, s, width = hand.number("B", (2, 1, 3)), hand.number("S", (3, 1)), hand.number("width", (64, 128))
+    b, s, width = (
+        hand.number("B", (2, 1, 3)),
+        hand.number("S", (3, 1)),
+        hand.number("width", (64, 128)),
+    )
     dtype, small = hand.dtype(), hand.dtype("parameters", "fp32", "bf16")
     x = hand.tensor("x", b, s, h.STREAMS, width, dtype=dtype)
     draw, scales = hand.random, 1 if outputs == h.STREAMS else 3
@@ -84,9 +89,14 @@ def before(hand: Hand) -> Site:
 
 def behind(hand: Hand) -> Site:
     """post · out + combᵀ · streams."""
-    b, s, width = hand.number("B", (2, 1, 3)), hand.number("S", (3, 1)), hand.number("width", (64, 128))
+    b, s, width = (
+        hand.number("B", (2, 1, 3)),
+        hand.number("S", (3, 1)),
+        hand.number("width", (64, 128)),
+    )
     dtype, weights = hand.dtype(), hand.dtype("weights", "fp32", "bf16")
-    fn = hand.pick("post", POSTS, mutants=POST_EDITS, of="transformers")
+    posts = POSTS if weights == torch.float32 else {n: POSTS[n] for n in CASTING}
+    fn = hand.pick("post", posts, mutants=POST_EDITS, of="transformers")
     first, last = hand.seam("in front"), hand.seam("behind")
     out = hand.tensor("out", b, s, width, dtype=dtype)
     x = hand.tensor("x", b, s, h.STREAMS, width, dtype=dtype)
@@ -105,7 +115,10 @@ def at_the_end(hand: Hand) -> Site:
     fn = head.head(mixes, hand.pick("collapse", COLLAPSE))
     first, last = hand.seam("in front"), hand.seam("behind")
     return hand.site(
-        "hyper_head", lambda x, *rest: last(fn(first(x), *rest)), (x, w, scale, base), {"hyper_head": 1}
+        "hyper_head",
+        lambda x, *rest: last(fn(first(x), *rest)),
+        (x, w, scale, base),
+        {"hyper_head": 1},
     )
 
 

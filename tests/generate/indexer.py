@@ -92,7 +92,13 @@ ROTATIONS = {
     "not scaled": lambda y, m: y @ m,
     "flattened": lambda y, m: (y.reshape(-1, q.DIM) @ m).view(y.shape) * q.SCALE,
 }
-PARTS = {"rotated": (1, 0), "codes": (0, 1), "fake": (0, 2), "rotated codes": (1, 1), "rotated fake": (1, 2)}
+PARTS = {
+    "rotated": (1, 0),
+    "codes": (0, 1),
+    "fake": (0, 2),
+    "rotated codes": (1, 1),
+    "rotated fake": (1, 2),
+}
 
 
 def queries(hand: Hand) -> Site:

@@ -36,13 +36,20 @@ GATHERS = {"axis 1": r.by_gather} | r.GATHERS
 NARROW = ("softplus", "sigmoid", "softmax")
 
 
-def _scores(hand: Hand) -> dict:
+# A table's entries might be negative, which these two wrap around and a gather does not.
+NO_WRAP = {n: f for n, f in GATHERS.items() if n not in ("along", "index")}
+
+
+def _scores(hand: Hand, gathers: dict = GATHERS) -> dict:
     dtype, wide = hand.dtype(), hand.flag("wide")
     names = r.FUNCTIONS if wide or dtype == FP32 else NARROW
     functions = {n: r.FUNCTIONS[n] for n in names}
     func = hand.pick("scores", functions, mutants=FUNCTION_EDITS, of="softplus")
     return dict(
-        func=func, wide=wide, gather=hand.pick("gather", GATHERS), weigh=hand.pick("weights", WEIGHTS)
+        func=func,
+        wide=wide,
+        gather=hand.pick("gather", gathers),
+        weigh=hand.pick("weights", WEIGHTS),
     )
 
 
@@ -62,7 +69,7 @@ def by_top(hand: Hand) -> Site:
 
 def by_id(hand: Hand) -> Site:
     """Experts that a table names for each token."""
-    pieces = _scores(hand)
+    pieces = _scores(hand, NO_WRAP)
     dtype = {"bf16": BF16, "fp16": torch.float16, "fp32": FP32}[hand.words["dtype"]]
     rows, find = hand.number("rows", (7, 1, 3)), hand.pick("find", r.LOOKUPS)
     first = hand.seam("in front")

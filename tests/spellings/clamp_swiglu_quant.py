@@ -156,6 +156,9 @@ SPELLINGS |= {
 for _name, _pieces in _quants.VARIANTS.items():
     _loose = {"exact": _name not in _quants.LOOSE}
     SPELLINGS[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",), **_loose)
+SPELLINGS["quant: where, a bound that fp32 does not hold"] = _case(
+    _quant(floor=lambda a: torch.where(a < 1e-4, 1e-4, a)), parts=("fp8 quant",)
+)
 
 
 # ---- mutants -----------------------------------------------------------------------------------

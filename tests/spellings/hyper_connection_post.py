@@ -87,6 +87,7 @@ SPELLINGS: dict[str, Case] = {
     "bmm": _in_fp32(_bmm),
     "the first layer": _case(_expanded, None, "(every)"),
     "all in fp32": _in_fp32(_transformers, inputs(dtype=FP32)),
+    "all in fp32, weights in bf16": _in_fp32(_transformers, inputs(dtype=FP32, weights=BF16)),
     "weights in bf16": _case(_transformers, inputs(weights=BF16), "(every)"),
     "one token": _case(_transformers, inputs(1, 1), "(every)"),
     "dynamic": _case(

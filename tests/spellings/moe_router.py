@@ -345,6 +345,10 @@ MUTANTS: dict[str, Case] = {
         lambda x, t, i: look_up(x, t - E // 2, i, gather=GATHERS["along"]),
         "hash: index",
     ),
+    "hash: entries wrap in an index": _mutant(
+        lambda x, t, i: look_up(x, t - E // 2, i, gather=GATHERS["index"]),
+        "hash: index",
+    ),
 }  # fmt: skip
 
 

@@ -68,6 +68,11 @@ def q_case(norm: Fn, rope: Fn, inputs: Fn | None = None, *parts: str, **more: An
     return _case(fn, inputs or q_inputs(), *(parts or ("Q: norm", "rope")), **more)
 
 
+def _halves(x: Tensor) -> Tensor:
+    """Cut and joined again: nothing."""
+    return torch.cat(x.chunk(2, dim=-1), dim=-1)
+
+
 SPELLINGS: dict[str, Case] = {}
 for _table, _weight in ((_norms.PLAIN, None), (_norms.BF16_WEIGHT, None)):
     for _name, _norm in _table.items():
@@ -98,6 +103,9 @@ SPELLINGS |= {
         _norms.PLAIN["hf_unweighted"], _ropes.REAL["hf"], q_inputs(table=BF16)
     ),
     "rope of rounded tables": q_case(NORM, _ropes.REAL["hf"], q_inputs(table=BF16)),
+    "halves joined again": q_case(lambda x, w: _halves(NORM(_halves(x), w)), TURN),
+    "rows joined again": q_case(lambda x, w: torch.stack(NORM(x, w).unbind(0)), TURN),
+    "heads joined again": q_case(lambda x, w: torch.cat(NORM(x, w).split(1, 2), 2), TURN),
     "no norm": q_case(lambda x, w: x, TURN, None, "Q: rope"),
     "dynamic batch and sequence": q_case(
         NORM, TURN, dynamic={0: (0, 1), 2: (0, 1), 3: (0, 1)}

@@ -1,0 +1,128 @@
+"""Generated programs are fused as stated and equal eager; generated mutants never pass for them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common as common
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from .generate import __main__ as runner
+from .generate import _check, _draws, _mutants, _programs
+from .generate._hand import Hand
+
+# One example is one to three sequences; the profile "long" draws thousands.
+FEW = settings(
+    max_examples=max(6, settings.default.max_examples // 10),
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch):
+    """Fused ops run their references: what is tested here is which of them are put where."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
+
+
+def _whole(outcome: _check.Outcome) -> None:
+    assert not outcome.crash, f"{outcome.program}\n{outcome.crash}"
+    assert not outcome.invalid, f"{outcome.program}\n{outcome.invalid}"
+    assert not outcome.wrong, f"{outcome.program}\n{outcome.wrong}"
+    assert not outcome.missed, f"{outcome.program}\n{outcome.missed}"
+
+
+@pytest.mark.parametrize("name", list(_programs.families()))
+def test_each_family(name):
+    """The first choice of each piece: one site of every family, whatever else is drawn."""
+    _whole(_check.check(_programs.families()[name](Hand(_first))))
+
+
+def _first(strategy):
+    return strategy.elements[0]
+
+
+@FEW
+@given(st.data())
+def test_programs(data):
+    outcome = _check.check(_programs.program(data.draw))
+    assert not outcome.crash, f"{outcome.program}\n{outcome.crash}"
+    assert not outcome.wrong, f"{outcome.program}\n{outcome.wrong}"
+
+
+@FEW
+@given(st.data())
+def test_mutants_of_pieces(data):
+    two = _programs.mutant(data.draw)
+    if two is not None:
+        found = _mutants.of_pieces(*two)
+        assert not found.wrong and not found.crash, found
+
+
+@FEW
+@given(st.data())
+def test_mutants_of_graphs(data):
+    """By the terms alone, and by the check on random inputs alone."""
+    found = _mutants.of_graph(_programs.site(data.draw), data.draw)
+    if found is not None:
+        assert not found.wrong and not found.crash, found
+
+
+# The check's own power, at edits that it must see whatever is drawn.
+SEEN = ("negated", "lanes rolled", "another tensor", "operands exchanged")
+
+
+@pytest.mark.parametrize("name", ["norm_quant: latent", "clamp_swiglu_quant: gate and up"])
+def test_the_check_refuses_what_a_loose_matcher_would_take(name):
+    """Every such edit at every node, forced on the original's fused op."""
+    said = []
+    site = _programs.families()[name](Hand(_first, {"quant": "yes", "clamp": "clamp"}))
+    for found in _mutants.every(site, SEEN):
+        if not found.void and found.forced:
+            said.append((found.edit, found.forced))
+    assert len(said) > 10 and {s for _, s in said} <= {"rejected", "equal"}, said
+    assert sum(s == "rejected" for _, s in said) > 0.7 * len(said), said
+
+
+def test_two_ways_to_the_graph_are_one():
+    """The light tracer shows the pass what torch.compile does."""
+    for name in ("norm_rope_cache: kv written", "inv_rope_quant: in groups"):
+        site = _programs.families()[name](Hand(_first))
+        light, heavy = (_check.check(site, way) for way in (_check.fused, _check.compiled))
+        _whole(light), _whole(heavy)
+        assert light.taken == heavy.taken
+
+
+def test_a_wrong_program_is_counted():
+    """What the runner calls wrong, missed and a crash."""
+    site = _programs.families()["clamp_swiglu_quant: gate and up"](Hand(_first))
+    tally = _draws.Tally()
+
+    def off(fn, args):
+        report, found = _check.fused(fn, args)
+        return report, found + 1
+
+    def dead(fn, args):
+        raise ValueError("dead")
+
+    _draws._add(tally, _check.check(site, off), 0)
+    _draws._add(tally, _check.check(site, dead), 0)
+    _draws._add(tally, _check.check(_check.stated(site, {"norm_quant": 1})), 0)
+    assert tally.counts["wrong"] == tally.counts["crash"] == 1
+    assert tally.counts["missed norm_quant"] == 1 and tally.counts["programs"] == 3
+
+
+@pytest.mark.long
+def test_the_runner(tmp_path):
+    path = tmp_path / "summary.json"
+    arguments = ["--programs", "25", "--workers", "1", "--only", "clamp", "--json", str(path)]
+    done = CliRunner().invoke(runner.app, arguments)
+    assert done.exit_code == 0, done.output
+    counts = json.loads(path.read_text())["counts"]
+    assert counts["programs"] == 25 and counts["mutants"] > 5
+    assert counts["taken clamp_swiglu_quant"] > 20
+    assert torch.get_num_threads() >= 1
