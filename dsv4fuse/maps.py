@@ -305,7 +305,6 @@ def composed(outer: Map, inner: Map) -> Map | None:
 
 
 def _digit_of(i: Index, d: Digit) -> Index | None:
-    """(i // div) % size."""
     inside = (ZERO, i) if d.div * d.size == d.extent else split(i, d.div * d.size)
     parts = inside and split(inside[1], d.div)
     return parts and parts[0]

@@ -78,7 +78,9 @@ BAD = ("wrong", "crash", "mutant taken for another", "mutant crash", "generator"
 
 def _write(path: Path, tally: Tally, started: float, seed: int) -> None:
     data = dict(
-        seed=seed, seconds=round(time.monotonic() - started), counts=dict(sorted(tally.counts.items())),
+        seed=seed,
+        seconds=round(time.monotonic() - started),
+        counts=dict(sorted(tally.counts.items())),
         edits=dict(sorted(tally.edits.items())), failures=tally.failures,
     )  # fmt: skip
     path.write_text(json.dumps(data, indent=1) + "\n")

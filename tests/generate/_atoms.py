@@ -22,7 +22,7 @@ def norm(hand: Hand, dtype: torch.dtype, dim: int, what: str = "norm") -> tuple[
     fn = hand.pick(what, NORMS, loose=_norms.LOOSE, mutants=_norms.MUTANTS, of="hf_weighted")
     wide = hand.words[what] in _norms.FP32_WEIGHT
     weight = hand.random(dim, dtype=FP32 if wide else dtype)
-    eps = hand.eps()
+    eps = hand.eps(what)
     return (lambda x, w: fn(x, w, eps)), weight
 
 

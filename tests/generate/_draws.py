@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -50,6 +52,7 @@ def prepare() -> None:
     """A process of its own: references instead of interpreted kernels, errors instead of graphs
     left alone, one thread, and no word of the sites that are rejected."""
     assert ops
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     common.INTERPRETED = False
     os.environ["DSV4FUSE_DEBUG"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -57,6 +60,14 @@ def prepare() -> None:
     torch.set_num_threads(1)
     # bf16 products of oneDNN are an illegal instruction on some CPUs
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def drawn(draw: Callable[[Callable[..., Any]], None], seed: int, examples: int) -> None:

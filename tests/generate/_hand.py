@@ -74,11 +74,10 @@ class Hand:
         return self.pick(what, {"no": False, "yes": True})
 
     def dtype(self, what: str = "dtype", *names: str) -> torch.dtype:
-        # bf16 as often as both others: it is what models are in.
         return self.pick(what, {n: DTYPES[n] for n in (names or ("bf16", "fp16", "fp32"))})
 
-    def eps(self) -> float:
-        return self.number("eps", EPS)
+    def eps(self, norm: str) -> float:
+        return self.number(f"{norm} eps", EPS)
 
     def tensor(self, what: str, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         """Random values in strides that are drawn: dense, or a part of something larger."""

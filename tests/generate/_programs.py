@@ -59,11 +59,16 @@ def mutant(draw: Draw, only: str = "") -> tuple[Site, Site] | None:
 
 
 def program(draw: Draw, only: str = "") -> Site:
-    """One to three sequences one after another, as one function of all their inputs."""
+    """One to three sequences one after another, as one function of all their inputs.
+
+    ``between``: work that is none of theirs, and other readers of what they read and return.
+    ``layers``: each that writes no cache once more, on other values with the same weights.
+    """
     sites = [site(draw, only) for _ in range(draw(st.integers(1, MOST_SITES)))]
     words = {str(i): repr(s) for i, s in enumerate(sites)}
-    between = draw(st.booleans())
+    between, layers = draw(st.booleans()), draw(st.integers(0, 3)) == 0
     words["between"] = "other work" if between else "nothing"
+    words["layers"] = "2" if layers else "1"
 
     def fn(*args: Any) -> list[Any]:
         out, rest = [], list(args)
@@ -74,11 +79,21 @@ def program(draw: Draw, only: str = "") -> Site:
             out.append(s.fn(*own))
             if between:
                 out.append(_other_reader(out[-1]))
+            if layers and not _writes(s):
+                out.append(s.fn(own[0] * 0.5, *own[1:]))
         return out
 
-    counts = sum((Counter(s.counts) for s in sites), Counter[str]())
+    times = [2 if layers and not _writes(s) else 1 for s in sites]
+    counts = Counter[str]()
+    for s, n in zip(sites, times, strict=True):
+        counts.update({fusion: n * count for fusion, count in s.counts.items()})
     inputs = tuple(a for s in sites for a in s.inputs)
     return Site("program", words, fn, inputs, counts, all(s.exact for s in sites))
+
+
+def _writes(site: Site) -> bool:
+    """Does it change one of its inputs?"""
+    return bool({"write", "ring", "bytes"} & set(site.words))
 
 
 def _other_work(args: list[Any]) -> Tensor:

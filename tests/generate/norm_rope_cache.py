@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spellings import _quants
-from ..spellings._layouts import layouts
+from ..spellings import _packed, _partial_sums, _quants
+from ..spellings._case import BF16
+from ..spellings._layouts import BATCH, DIM, ROPE, SEQ, layouts
 from ..spellings._write_mutants import MUTANTS as WRITE_MUTANTS
 from ..spellings._writes import DECODE, FLAT, PAGES, PREFILL, Write
 from . import _atoms
@@ -127,4 +128,58 @@ def both(hand: Hand) -> Site:
     return hand.site(NAME, fn, (q, kv, q_w, kv_w, cache, *at, *tables(b, s)), ONE)
 
 
-FAMILIES = {"q or kv": turned, "kv written": written, "q and kv": both}
+PART_EDITS = {n: (f, _partial_sums.ROWS, BF16) for n, f in _partial_sums.MUTANTS.items()}
+
+
+def of_parts(hand: Hand) -> Site:
+    """q of the partial results of a split product."""
+    sums, shape, dtype = hand.pick("sum", _partial_sums.SUMS, mutants=PART_EDITS, of="rows")
+    norm, w = _atoms.norm(hand, BF16, DIM)
+    rope, tables = _atoms.rope(hand, BF16, ROPE // 2)
+    between = hand.seam("between")
+
+    def fn(parts: Tensor, w: Tensor, *table: Tensor) -> Tensor:
+        return rope(norm(between(sums(parts).to(BF16)), w), *table)
+
+    parts = hand.random(*shape, dtype=dtype)
+    return hand.site(NAME, fn, (parts, w, *tables(BATCH, SEQ, 1)), ONE)
+
+
+PUTS = {
+    "assigned": lambda cache, at, rows: cache.__setitem__(at, rows),
+    "index_copy": lambda cache, at, rows: cache.index_copy_(0, at, rows),
+    "index_put": lambda cache, at, rows: cache.index_put_((at,), rows),
+}
+PACKS = {n: {"pieces": _quants.VARIANTS[n]} for n in ("pow2", "pow2_reciprocal", "pow2_methods")}
+PACK_EDITS = {
+    "tail reversed": {"tail": _packed._tail_first},
+    "another order": {"order": (0, 2, 1, 3)},
+    "padding of ones": {"pad": 1},
+    "half": {"source": lambda t: t * 0.5},
+    "another row": {"source": lambda t: t.roll(1, 0)},
+    "raw scales": {"pieces": {}},
+}
+
+
+def packed(hand: Hand) -> Site:
+    """kv rows as bytes: codes, the turned lanes, scales."""
+    norm, w = _atoms.norm(hand, BF16, DIM)
+    rope, tables = _atoms.rope(hand, BF16, ROPE // 2)
+    pieces = hand.pick("bytes", PACKS, mutants=PACK_EDITS, of="pow2")
+    put, first, between = hand.pick("put", PUTS), hand.seam("in front"), hand.seam("between")
+
+    def fn(x: Tensor, w: Tensor, cache: Tensor, at: Tensor, *table: Tensor) -> None:
+        put(cache, at, _packed.pack(rope(between(norm(first(x), w)), *table), **pieces))
+
+    _, _, *_, cache, at = _packed.inputs()
+    x = hand.tensor("x", len(at), DIM, dtype=BF16)
+    return hand.site(NAME, fn, (x, w, cache, at, *tables(len(at))), ONE)
+
+
+FAMILIES = {
+    "q or kv": turned,
+    "kv written": written,
+    "q and kv": both,
+    "of parts": of_parts,
+    "packed": packed,
+}
