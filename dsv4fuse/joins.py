@@ -14,8 +14,9 @@ from torch import fx
 from dsv4fuse import maps
 from dsv4fuse.lower import Lowering, Opaque, means
 from dsv4fuse.maps import Index, Map, Size
-from dsv4fuse.terms import Complex, Term
-from dsv4fuse.views import Value, argument, base_of, shape_of, slice_range
+from dsv4fuse.rejoined import composed, rejoined
+from dsv4fuse.terms import Complex
+from dsv4fuse.views import Value, argument, shape_of, slice_range
 
 aten = torch.ops.aten
 # (start, size, step, reader of the piece through a map whose joined axis is the piece's own)
@@ -25,8 +26,8 @@ Piece = tuple[Size, Size, int, Callable[[Map], Value]]
 @means(aten.cat.default)
 def _cat(low: Lowering, node: fx.Node, m: Map) -> Value:
     tensors, axis = node.args[0], argument(node, 1, "dim", 0) % len(m)
-    whole = _rejoined(tensors, axis)
-    through = whole and maps.composed(whole[1], m)
+    whole = rejoined(tensors, axis)
+    through = whole and composed(whole[1], m)
     if whole is not None and through is not None:
         return low.read(whole[0], through)
     pieces: list[Piece] = []
@@ -37,22 +38,6 @@ def _cat(low: Lowering, node: fx.Node, m: Map) -> Value:
             pieces.append((start, size, 1, lambda lm, t=t: low.read(t, lm)))  # type: ignore[misc]
         start += size
     return _join(low, node, m, axis, pieces)
-
-
-def _rejoined(tensors: Sequence[fx.Node], axis: int) -> tuple[fx.Node, Map] | None:
-    """The tensor that is cut into these neighbouring parts, and the map of the joined whole."""
-    base = base_of(tensors[0])
-    if len(tensors) < 2 or any(base_of(t) is not base for t in tensors):
-        return None
-    views = Lowering(leaves=frozenset({base}))
-    terms = [views.term(t) for t in tensors]
-    sizes = [shape_of(t)[axis] for t in tensors]
-    if not all(isinstance(t, Term) and t.op == "load" and t.args[0] is base for t in terms):
-        return None
-    if not all(isinstance(n, int) and n for n in sizes):
-        return None
-    whole = maps.joined([t.args[1] for t in terms], axis, sizes)
-    return None if whole is None else (base, whole)
 
 
 @means(aten.slice_scatter.default)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ._draws import Tally, chunk, prepare
 
-SIZE = 25  # programs and mutants a task: a failed task loses no more
+SIZE = 10  # programs and mutants a task: a failed task loses no more
 console = Console()
 app = typer.Typer(add_completion=False)
 
@@ -46,7 +46,7 @@ def _chunks(seed: int, programs: int, only: str, workers: int) -> Iterator[Tally
 def main(
     programs: Annotated[int, typer.Option(help="How many to draw, and as many mutants.")] = 1000,
     workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
-    seed: Annotated[int, typer.Option(help="Number of the first task of 25.")] = 0,
+    seed: Annotated[int, typer.Option(help="Number of the first task of 10.")] = 0,
     only: Annotated[str, typer.Option(help="Families whose name holds this.")] = "",
     minutes: Annotated[float, typer.Option(help="Stop after this long; 0: never.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write it.")] = None,
