@@ -13,7 +13,7 @@ from torch import fx
 
 from dsv4fuse import maps
 from dsv4fuse.lower import Lowering, Opaque, means
-from dsv4fuse.maps import Index, Map, Size
+from dsv4fuse.maps import ZERO, Index, Map, Size
 from dsv4fuse.rejoined import composed, rejoined
 from dsv4fuse.terms import Complex
 from dsv4fuse.views import Value, argument, shape_of, slice_range
@@ -87,6 +87,21 @@ def _select_scatter(low: Lowering, node: fx.Node, m: Map) -> Value:
     pieces.append((at, 1, 1, lambda lm: low.read(source, lm[:axis] + lm[axis + 1 :])))
     pieces.append((at + 1, length - at - 1, 1, under(at + 1)))
     return _join(low, node, m, axis, [p for p in pieces if p[1]])
+
+
+@means(aten.index_put.default)
+def _masked(low: Lowering, node: fx.Node, m: Map) -> Value:
+    """An assignment of one value where a mask over the first axes says so."""
+    base, indices, value = node.args[:3]
+    masks = [i for i in indices if i is not None and i.meta["val"].dtype == torch.bool]
+    one = all(n == 1 for n in shape_of(value))
+    if len(indices) != 1 or not masks or not one or argument(node, 3, "accumulate", False):
+        raise Opaque
+    test = low.read(masks[0], m[: len(shape_of(masks[0]))])
+    parts = (test, low.read(value, (ZERO,) * len(shape_of(value))), low.read(base, m))
+    if any(isinstance(t, Complex) or t.op in ("cat", "lace") for t in parts):
+        raise Opaque
+    return low.make("where", parts, node.meta["val"].dtype)
 
 
 def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piece]) -> Value:

@@ -48,6 +48,7 @@ ELEMENTWISE: dict[Any, str] = {
         "remainder": "remainder.Scalar remainder.Tensor",
         "where": "where.self",
         "eq": "eq.Scalar eq.Tensor",
+        "ne": "ne.Scalar ne.Tensor",
         "gt": "gt.Scalar gt.Tensor",
         "ge": "ge.Scalar ge.Tensor",
         "lt": "lt.Scalar lt.Tensor",
@@ -55,7 +56,7 @@ ELEMENTWISE: dict[Any, str] = {
     }.items()
     for packet, overload in (s.split(".") for s in spellings.split())
 }
-COMPARE = frozenset({"eq", "gt", "ge", "lt", "le"})
+COMPARE = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
 FOLDS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dsv4fuse import maps
+from dsv4fuse import compat, maps
 from dsv4fuse.lower import Lowering, Opaque, broadcast, means
 from dsv4fuse.maps import ZERO, Index, Map, Size
 from dsv4fuse.terms import Complex, Term
@@ -92,11 +92,21 @@ def _expand(low: Lowering, node: fx.Node, m: Map) -> Value:
 
 
 @means(
-    aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
-    aten.lift_fresh_copy.default,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default
 )  # fmt: skip
 def _same(low: Lowering, node: fx.Node, m: Map) -> Value:
     return low.read(node.args[0], m)
+
+
+@means(aten.lift_fresh_copy.default)
+def _lifted(low: Lowering, node: fx.Node, m: Map) -> Value:
+    """A constant of the traced program; a number, where it has no axes."""
+    held = compat.constant(node.args[0]) if node.args[0].op == "get_attr" else None
+    if held is None or held.dim() or held.is_complex():
+        return low.read(node.args[0], m)
+    with compat.outside_compilation():
+        value = held.item()
+    return _constant(low, value, held.dtype)
 
 
 @means(prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype)

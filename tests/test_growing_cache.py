@@ -49,7 +49,8 @@ def attention(kind):
         mask = torch.full((PROMPT, PROMPT), -torch.inf, dtype=x.dtype).triu(1)
         layer(*call(0, PROMPT), mask.expand(BATCH, 1, -1, -1), cache)
         calls = (call(at, at + 1) for at in range(PROMPT, PROMPT + STEPS))
-        return torch.stack([step(*given, None, cache)[0] for given in calls])
+        window = torch.zeros(BATCH, 1, 1, SIZES["sliding_window"], dtype=x.dtype)
+        return torch.stack([step(*given, window, cache)[0] for given in calls])
 
     return layer, roll
 
