@@ -21,6 +21,7 @@ from ._common import INTERPRETED
 from ._hyper_finish import finish_kernel
 from ._hyper_mixes import mixes_kernel, split_kernel
 
+BF16, F32 = torch.bfloat16, torch.float32
 STREAMS = 4  # hc_mult that the kernels are written for
 OUTPUTS = STREAMS * (2 + STREAMS)
 GROUPS = 8  # at most; groups of pieces that large batches add inside a program
@@ -70,6 +71,14 @@ NORM_WARPS = 8  # one number for any batch: the order of the norm's sum hangs on
 
 
 @dataclass(frozen=True)
+class Sums:
+    """The product ``[parts, T, n]`` in pieces of K, or (``whole``) in groups of them."""
+
+    partial: Tensor
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Norm:
     """The RMSNorm of the collapsed streams: ``atoms.rms_norm``'s arguments."""
 
@@ -81,25 +90,28 @@ class Norm:
 def launch(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float,
     iters: int, norm: Norm | None, y: Tensor | None, normed_y: Tensor | None,
-    post: Tensor | None, comb: Tensor | None, precise: bool,
+    post: Tensor | None, comb: Tensor | None, precise: bool, sums: Sums | None = None,
 ) -> None:  # fmt: skip
-    """Fill y ``[T,D]`` (or None), its norm, post ``[T,4]`` and comb ``[T,4,4]`` (None: a head)."""
+    """Fill y ``[T,D]`` (or None), its norm, post ``[T,4]`` and comb ``[T,4,4]`` (None: a head).
+
+    ``sums``: the product, where another launch has made it.
+    """
     tokens, streams, d = x.shape
     common.require_static(streams=streams, hidden=d)
     outputs = fn.shape[0]
     n = triton.next_power_of_2(outputs + 1)
     config, c = _config(x), cut(d)
-    partial = _partial(x, fn, config, n)
+    made = sums or Sums(_partial(x, fn, config, n), config.whole)
     block = triton.next_power_of_2(d)
     block = block if norm is not None else max(64, min(config.columns, block))
     weights = 0 if post is None else common.cdiv(tokens, config.rows)
     some = x if y is None else y
     kernel = finish_kernel if INTERPRETED else wrap_triton(finish_kernel)
     kernel[(weights + tokens * math.ceil(d / block),)](
-        x, partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
+        x, made.partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
         some, some if normed_y is None else normed_y, some if post is None else post,
         some if comb is None else comb, tokens, weights, x.stride(0), x.stride(1),
-        D=d, BLOCK=block, OUT=outputs, N=n, GROUPS=c.groups, CHUNKS=1 if config.whole else c.chunks,
+        D=d, BLOCK=block, OUT=outputs, N=n, GROUPS=c.groups, CHUNKS=1 if made.whole else c.chunks,
         ROWS=config.rows,
         ITERS=iters, NORM_EPS=norm_eps, EPS=eps,
         NORM=common.NORMS[norm.rounding] if norm else 0, Y_EPS=norm.eps if norm else 0.0,
@@ -114,7 +126,7 @@ def _partial(x: Tensor, fn: Tensor, config: Launch, n: int) -> Tensor:
     c = cut(d)
     parts = c.groups if config.whole else c.groups * c.chunks
     partial = x.new_empty((parts, tokens, n), dtype=torch.float32)
-    factor = _thirds(fn) if config.ready else fn
+    factor = thirds_of(fn) if config.ready else fn
     kernel = mixes_kernel if INTERPRETED else wrap_triton(mixes_kernel)
     kernel[(parts * common.cdiv(tokens, TOKENS),)](
         x, factor, partial, tokens, x.stride(0), x.stride(1), factor.stride(-2),
@@ -130,7 +142,7 @@ def _config(x: Tensor) -> Launch:
     return found if x.dtype == torch.bfloat16 else replace(found, ready=False)
 
 
-def _thirds(fn: Tensor) -> Tensor:
+def thirds_of(fn: Tensor) -> Tensor:
     """fn ``[m, K]`` as three bf16 ``[3, m, K]`` whose sum it is."""
     made = fn.new_empty((3, *fn.shape), dtype=torch.bfloat16)
     size, block = fn.shape[0] * fn.shape[1], 1024

@@ -29,7 +29,7 @@ def thirds(f):
 
 
 @triton.jit
-def _product(x, f_at, size, has, READY: tl.constexpr):
+def product(x, f_at, size, has, READY: tl.constexpr):
     """``x @ f`` to fp32's accuracy, x ``[T, K]``, f ``[K, N]``; products of bf16 are exact.
 
     READY: f is there as its thirds, ``size`` elements apart.
@@ -51,7 +51,7 @@ def _product(x, f_at, size, has, READY: tl.constexpr):
 
 
 @triton.jit
-def _squares(x):
+def sum_of_squares(x):
     x = x.to(tl.float32)
     return tl.sum(x * x, axis=1)
 
@@ -82,8 +82,8 @@ def mixes_kernel(
         # A piece lies within one stream. Without the hint its loads are of two bytes each.
         offset = first // D * x_sh + tl.multiple_of(first % D, STEP)
         x = tl.load(rows + offset, mask=live[:, None], other=0.0)
-        total += _product(x, columns + first, OUT * fn_so, has, READY)
-        squares += _squares(x)
+        total += product(x, columns + first, OUT * fn_so, has, READY)
+        squares += sum_of_squares(x)
     total = tl.where((out == OUT)[None, :], squares[:, None], total)
     at = part_ptr + (part.to(tl.int64) * tokens + token)[:, None] * N + out[None, :]
     tl.store(at, total, mask=live[:, None])

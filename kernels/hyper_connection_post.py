@@ -32,9 +32,9 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 
 
 @triton.jit
-def _new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k: tl.constexpr,
-                EVERY: tl.constexpr, EXACT: tl.constexpr, XD: tl.constexpr):  # fmt: skip
-    """Stream k of fp32 values ``[COLUMNS]``."""
+def new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k: tl.constexpr,
+               EVERY: tl.constexpr, EXACT: tl.constexpr, XD: tl.constexpr):  # fmt: skip
+    """Stream k of fp32 values ``[COLUMNS]``, or ``[T, COLUMNS]`` with post and comb ``[T, 1]``."""
     p = tl.load(post_at + k * post_sk).to(tl.float32)
     c0 = tl.load(comb_at + k * comb_sk).to(tl.float32)
     c1 = tl.load(comb_at + comb_sj + k * comb_sk).to(tl.float32)
@@ -75,12 +75,12 @@ def post_kernel(
     post_at, comb_at = post_ptr + token * post_st, comb_ptr + token * comb_st
     to = new_ptr + token * 4 * D + col
     for k in tl.static_range(4):
-        y = _new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k,
-                        EVERY, EXACT, XD)  # fmt: skip
+        y = new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k,
+                       EVERY, EXACT, XD)  # fmt: skip
         tl.store(to + k * D, narrow(y, kind), mask=inside)
 
 
-def _check(out: Tensor, x: Tensor, post: Tensor, comb: Tensor, rounding: str) -> None:
+def check(out: Tensor, x: Tensor, post: Tensor, comb: Tensor, rounding: str) -> None:
     common.require(x.dim() == 3 and x.shape[1] == STREAMS, "the kernel is written for 4 streams")
     common.require(x.shape[2] % 2 == 0, "the hidden size must be even")
     common.require(tuple(out.shape[1:]) == (x.shape[2],), "out has another width than x")
@@ -108,7 +108,7 @@ def hyper_connection_post(
     out: Tensor, x: Tensor, post: Tensor, comb: Tensor, *, rounding: str, precise: bool = False
 ) -> Tensor:
     """The new streams, ``[T,4,D]`` in out's dtype: see the module's docstring."""
-    _check(out, x, post, comb, rounding)
+    check(out, x, post, comb, rounding)
     if common.use_reference(x):
         return reference(out, x, post, comb, rounding=rounding, precise=precise)
     tokens, n, d = x.shape
@@ -127,7 +127,7 @@ def hyper_connection_post(
 
 @hyper_connection_post.register_fake
 def _(out, x, post, comb, *, rounding, **_):
-    _check(out, x, post, comb, rounding)
+    check(out, x, post, comb, rounding)
     return out.new_empty(x.shape)
 
 

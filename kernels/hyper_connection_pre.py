@@ -30,7 +30,7 @@ from . import _hyper as hyper
 from ._norms import out_dtype
 
 
-def _check(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iters: int) -> None:
+def check(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iters: int) -> None:
     hyper.check(x, fn, scale, base, hyper.OUTPUTS)
     common.require(scale.shape[0] == 3, f"scale has {scale.shape[0]} elements, not 3")
     common.require(iters >= 1, "Sinkhorn needs at least one iteration")
@@ -46,7 +46,7 @@ def reference(
     return atoms.hyper_collapse(x, pre), post, comb
 
 
-def _allocate(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def allocate(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, n, d = x.shape
     post = x.new_empty((tokens, n), dtype=torch.float32)
     return x.new_empty((tokens, d)), post, x.new_empty((tokens, n, n), dtype=torch.float32)
@@ -58,11 +58,11 @@ def hyper_connection_pre(
     iters: int, before: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, post, comb: see the module's docstring."""
-    _check(x, fn, scale, base, iters)
+    check(x, fn, scale, base, iters)
     kw = dict(norm_eps=norm_eps, eps=eps, iters=iters)
     if common.use_reference(x):
         return reference(x, fn, scale, base, **kw, before=before)
-    y, post, comb = _allocate(x)
+    y, post, comb = allocate(x)
     hyper.launch(x, fn, scale, base, **kw, norm=None, y=y, normed_y=None, post=post, comb=comb,
                  precise=False)  # fmt: skip
     return y, post, comb
@@ -70,8 +70,8 @@ def hyper_connection_pre(
 
 @hyper_connection_pre.register_fake
 def _(x, fn, scale, base, *, iters, **_):
-    _check(x, fn, scale, base, iters)
-    return _allocate(x)
+    check(x, fn, scale, base, iters)
+    return allocate(x)
 
 
 @triton_op("dsv4fuse::hyper_connection_pre_norm", mutates_args=())
@@ -81,12 +81,12 @@ def hyper_connection_pre_norm(
     precise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """RMSNorm of y, post, comb: see the module's docstring."""
-    _check(x, fn, scale, base, iters)
+    check(x, fn, scale, base, iters)
     kw = dict(norm_eps=norm_eps, eps=eps, iters=iters)
     if common.use_reference(x):
         y, post, comb = reference(x, fn, scale, base, **kw, before=before)
         return atoms.rms_norm(y, weight, eps=y_eps, rounding=rounding), post, comb
-    y, post, comb = _allocate(x)
+    y, post, comb = allocate(x)
     y = y.new_empty(y.shape, dtype=out_dtype(x.dtype, weight, rounding))
     norm = hyper.Norm(weight, y_eps, rounding)
     hyper.launch(x, fn, scale, base, **kw, norm=norm, y=None, normed_y=y, post=post, comb=comb,
@@ -96,8 +96,8 @@ def hyper_connection_pre_norm(
 
 @hyper_connection_pre_norm.register_fake
 def _(x, fn, scale, base, weight, *, iters, rounding, **_):
-    _check(x, fn, scale, base, iters)
-    y, post, comb = _allocate(x)
+    check(x, fn, scale, base, iters)
+    y, post, comb = allocate(x)
     return y.new_empty(y.shape, dtype=out_dtype(x.dtype, weight, rounding)), post, comb
 
 

@@ -122,7 +122,7 @@ def _candidate(
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(inputs, tensors, strict=True))
         new = torch.ops.dsv4fuse.hyper_connection_post(
-            *(_flat(given[n], lead) for n in (made.out, made.streams, made.post, made.comb)),
+            *(flat(given[n], lead) for n in (made.out, made.streams, made.post, made.comb)),
             rounding=made.rounding, precise=numerics == "precise",
         )  # fmt: skip
         return (new.view(*given[made.out].shape[:-1], *new.shape[1:]),)
@@ -135,7 +135,7 @@ def _candidate(
     )  # fmt: skip
 
 
-def _flat(t: Tensor, lead: int) -> Tensor:
+def flat(t: Tensor, lead: int) -> Tensor:
     """The leading axes as one."""
     return t.unsqueeze(0) if lead == 0 else t.flatten(0, lead - 1)
 

@@ -36,10 +36,46 @@ class Sinkhorn:
     eps: float
 
 
+@dataclass(frozen=True)
+class Site:
+    """Mixes, what is made of them, and the nodes of it; ``norm`` alone reads y."""
+
+    mixes: Mixes
+    nest: Sinkhorn
+    norm: Hit | None
+    y: fx.Node
+    post: fx.Node | None
+    comb: fx.Node
+
+    @property
+    def outputs(self) -> tuple[fx.Node | None, ...]:
+        """The nodes of y (or its norm), post and comb."""
+        return (self.y if self.norm is None else self.norm.node, self.post, self.comb)
+
+    @property
+    def weight(self) -> fx.Node | None:
+        bound = self.norm.env.holes.get("weight") if self.norm is not None else None
+        return bound.node if bound is not None else None
+
+    @property
+    def steps(self) -> str:
+        steps = f"mixes → pre, post, {self.nest.iters} Sinkhorn iterations → collapse"
+        return steps + " → norm" * (self.norm is not None)
+
+    def arguments(self) -> dict[str, object]:
+        """The numbers of the op."""
+        return dict(norm_eps=self.mixes.eps, eps=self.nest.eps, iters=self.nest.iters,
+                    before=self.mixes.before)  # fmt: skip
+
+
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
-    found = [c for node in _outermost(scene) if (c := _candidate(scene, *node, numerics))]
-    return found[::-1]
+    return [_candidate(scene, s, numerics) for s in sites(scene)]
+
+
+def sites(scene: Scene) -> list[Site]:
+    """Every set of mixes in a graph with all that is made of them, in the graph's order."""
+    return [s for node in _outermost(scene) if (s := _site(scene, *node))][::-1]
 
 
 def _outermost(scene: Scene) -> Iterator[tuple[fx.Node, Sinkhorn]]:
@@ -103,9 +139,7 @@ def _sinkhorn(steps: list[Term], inner: Term, size: Shape) -> Sinkhorn | None:
     return None
 
 
-def _candidate(
-    scene: Scene, comb: fx.Node, nest: Sinkhorn, numerics: str
-) -> Candidate | None:
+def _site(scene: Scene, comb: fx.Node, nest: Sinkhorn) -> Site | None:
     *lead_list, n, _ = hyper.shape(comb)
     lead = tuple(lead_list)
     row, lane = (Digit(len(lead) + i, 1, n, n) for i in (0, 1))
@@ -120,8 +154,7 @@ def _candidate(
     low = scene.low
     twice = low.make("mul", (low.make("sigmoid", (z,), F32), low.interner.const(2)), F32)
     post = built.held_at(scene, twice, (*lead, n))
-    norm = _norm(scene, y)
-    return _built(scene, mixes, nest, norm, y, post, comb, numerics)
+    return Site(mixes, nest, _norm(scene, y), y, post, comb)
 
 
 def _norm(scene: Scene, y: fx.Node) -> Hit | None:
@@ -143,39 +176,40 @@ def _onward(node: fx.Node, depth: int) -> Iterator[fx.Node]:
         yield from sorted(near)
 
 
-def _built(
-    scene: Scene, mixes: Mixes, nest: Sinkhorn, norm: Hit | None, y: fx.Node,
-    post: fx.Node | None, comb: fx.Node, numerics: str,
-) -> Candidate:  # fmt: skip
-    first = y if norm is None else norm.node
-    outputs = tuple(n for n in (first, post, comb) if n is not None)
-    weight = norm.env.holes.get("weight") if norm is not None else None
-    inputs = tuple(dict.fromkeys((*mixes.inputs, *([weight.node] if weight else []))))
-    loose = built.loosened(scene, outputs, inputs)
+def _candidate(scene: Scene, site: Site, numerics: str) -> Candidate:
+    mixes, norm, weight = site.mixes, site.norm, site.weight
+    outputs = tuple(n for n in site.outputs if n is not None)
+    inputs = tuple(dict.fromkeys((*mixes.inputs, *([weight] if weight else []))))
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(inputs, tensors, strict=True))
-        arguments = dict(norm_eps=mixes.eps, eps=nest.eps, iters=nest.iters, before=mixes.before)
         plain = mixes.tensors([given[i] for i in mixes.inputs])
         if norm is None:
-            made = torch.ops.dsv4fuse.hyper_connection_pre(*plain, **arguments)
+            made = torch.ops.dsv4fuse.hyper_connection_pre(*plain, **site.arguments())
         else:
             made = torch.ops.dsv4fuse.hyper_connection_pre_norm(
-                *plain, given[weight.node] if weight else None, **arguments,
+                *plain, given[weight] if weight else None, **site.arguments(),
                 y_eps=norm.scalar("eps"), rounding=norm.arguments["rounding"],
                 precise=numerics == "precise",
             )  # fmt: skip
-        pairs = zip(made, (first, post, comb), strict=True)
+        pairs = zip(made, site.outputs, strict=True)
         return tuple(mixes.shaped(t, given[mixes.streams], o) for t, o in pairs if o is not None)
 
-    steps = f"mixes → pre, post, {nest.iters} Sinkhorn iterations → collapse"
     return Candidate(
-        "hyper_connection_pre", first, inputs, call, outputs,
+        "hyper_connection_pre", outputs[0], inputs, call, outputs,
         variant="norm" if norm else "plain", tokens=mixes.tokens,
-        loose=loose | (norm.env.loose if norm else frozenset()),
-        detail={"parts": steps + " → norm" * (norm is not None)},
+        loose=loosened(scene, site, outputs, inputs), detail={"parts": site.steps},
         spread=mixes.spread(), judged="exact",
     )  # fmt: skip
+
+
+def loosened(
+    scene: Scene, site: Site, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...]
+) -> frozenset[str]:
+    """The rules up to rounding that reading a site took."""
+    return built.loosened(scene, outputs, inputs) | (
+        site.norm.env.loose if site.norm else frozenset()
+    )
 
 
 def example(tokens: int, sizes: Sizes, device: str, norm: bool) -> Example:

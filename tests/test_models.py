@@ -55,8 +55,9 @@ def expected(kinds, dtype, decode=False):
         "sparse_sink_attention": 0 if wide else sparse,
         "inv_rope_grouped_bmm": 0 if wide else n,  # sums kept in fp32 may not change their order
         "inv_rope_quant": n if wide else 0,
-        "hyper_connection_pre": 2 * n,
-        "hyper_connection_post": 2 * n,
+        "hyper_connection_pre": 1,  # in front of the first sublayer; behind the last one
+        "hyper_connection_post": 1,
+        "hyper_connection_post_pre_norm": 2 * n - 1,
         "hyper_head": 1,
         "moe_router": n,
         "clamp_swiglu_quant": 2 * n,  # routed experts, shared expert
