@@ -36,6 +36,7 @@ __all__ = [
     "fuse",
     "inductor_pass",
     "ops",
+    "quantise_wo_a",
 ]
 
 # Public name -> the module that defines it.
@@ -47,6 +48,7 @@ _HOME = {
     "explain": "backend",
     "fuse": "backend",
     "inductor_pass": "backend",
+    "quantise_wo_a": "lossy",
 }
 
 

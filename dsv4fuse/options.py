@@ -24,11 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inner": ("inductor", "eager"),
 }
 
-#: Names for ``allow_lossy``, with what each one gives up.
-LOSSY: dict[str, str] = {
-    "wo_a_fp8": "the grouped output projection in fp8 where the module keeps it in bf16",
-}
-
 _FLAGS = ("verify", "strict")
 
 
@@ -77,8 +72,6 @@ class Options:
     select: Select = "auto"
     """``auto`` follows the data measured on such a GPU, and measures each site on any other;
     ``measure`` times each site on the spot; the others do as they say."""
-    allow_lossy: frozenset[str] = frozenset()
-    """Fusions that change the numbers and are allowed to; the names are in ``LOSSY``."""
     expect: Mapping[str, int] | None = field(default=None, hash=False)
     """How many sites of each fusion must be taken; any other count is an error."""
     strict: bool = False
@@ -92,9 +85,6 @@ class Options:
         if self.fusions is not None:
             put(self, "fusions", _names("fusions", self.fusions))
         put(self, "exclude", _names("exclude", self.exclude))
-        put(self, "allow_lossy", frozenset(_names("allow_lossy", self.allow_lossy)))
-        for name in self.allow_lossy:
-            _one_of(f"The name {name!r} in option 'allow_lossy'", name, LOSSY)
         for option, valid in CHOICES.items():
             _one_of(f"Option {option!r}", getattr(self, option), valid)
         for option in _FLAGS:
@@ -156,7 +146,6 @@ class Options:
             "numerics": self.numerics,
             "verify": self.verify,
             "select": self.select,
-            "allow_lossy": sorted(self.allow_lossy),
             "expect": None if self.expect is None else dict(sorted(self.expect.items())),
             "strict": self.strict,
             "inner": self.inner,

@@ -71,7 +71,6 @@ def _declined(fn, *args) -> str:
         ({"fusions": ["norm_rope"]}, ("norm_rope", "norm_rope_cache")),
         ({"exclude": ["nothing"]}, ("nothing", "clamp_swiglu_quant")),
         ({"expect": {"norm_rope_cache": -1}}, ("expect", "0 or more")),
-        ({"allow_lossy": ["everything"]}, ("everything", "wo_a_fp8")),
         ({"inner": "tensorrt"}, ("tensorrt", "inductor", "eager")),
         (["select"], ("mapping",)),
     ],

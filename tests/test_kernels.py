@@ -9,9 +9,11 @@ from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from dsv4fuse.kernels import compress_kv as compress
 from dsv4fuse.kernels import (
     hyper_connection_post,
+    hyper_connection_post_pre_norm,
     hyper_connection_pre,
     hyper_head,
     indexer_q,
+    mtp_norms,
     norm_quant,
     sink_attention,
     sparse_sink_attention,
@@ -25,6 +27,7 @@ from dsv4fuse.kernels import norm_rope_cache as rows
 assert sink_attention and sparse_sink_attention  # importing them registers the ops
 
 assert hyper_connection_post and hyper_connection_pre and hyper_head  # they register their ops
+assert hyper_connection_post_pre_norm and mtp_norms
 
 
 def _samples(device: str, length: int = 3) -> dict[str, tuple]:
@@ -61,6 +64,14 @@ def _samples(device: str, length: int = 3) -> dict[str, tuple]:
         ),
         "hyper_connection_post": (
             (make(length, 64), streams, mixed[..., 0], mixed), dict(rounding="every"),
+        ),
+        "hyper_connection_post_pre_norm": (
+            (make(length, 64), streams, mixed[..., 0], mixed, fn, scale, base, None),
+            dict(pre, iters=2, rounding="every", y_eps=1e-6, norm="once"),
+        ),
+        "mtp_norms": (
+            (make(length, 64), make(64), ids, streams, make(64).float()),
+            dict(e_eps=1e-6, e_norm="weight", h_eps=1e-6, h_norm="once", hidden="eq"),
         ),
         "hyper_head": ((streams, fn[:4], scale[:1], base[:4]), pre),
         "norm_rope": ((q, kv, cos, sin, None, w), dict(norm, q_heads_first=True)),

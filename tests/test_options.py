@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from dsv4fuse.options import CHOICES, LOSSY, OptionError, Options, disabled
+from dsv4fuse.options import CHOICES, OptionError, Options, disabled
 
 KNOWN = ("norm_rope_cache", "clamp_swiglu_quant", "inverse_rope_quant")
 
@@ -31,11 +31,11 @@ def test_nothing_given_means_the_defaults():
 
 def test_lists_and_sets_become_immutable():
     options = Options.parse(
-        {"fusions": ["norm_rope_cache"], "allow_lossy": ["wo_a_fp8"], "expect": {KNOWN[0]: 3}},
+        {"fusions": ["norm_rope_cache"], "exclude": {KNOWN[1]}, "expect": {KNOWN[0]: 3}},
         KNOWN,
     )
     assert options.fusions == ("norm_rope_cache",)
-    assert options.allow_lossy == frozenset({"wo_a_fp8"})
+    assert options.exclude == (KNOWN[1],)
     hash(options)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.verify = False
@@ -101,7 +101,6 @@ def test_choices(option):
         ({"exclude": None}, "list of names, not NoneType"),
         ({"exclude": {"norm_rope_cache": 1}}, "list of names, not dict"),
         ({"exclude": [3]}, "holds int (3)"),
-        ({"allow_lossy": ["wo_a_fp4"]}, "'wo_a_fp8'"),
         ({"expect": 3}, "map names of fusions to counts"),
         ({"expect": {"norm_rope_cache": True}}, "count of 0 or more"),
         ({"expect": {"norm_rope_cache": -1}}, "count of 0 or more"),
@@ -137,7 +136,6 @@ def test_wants():
             "fusions": st.none() | st.lists(st.sampled_from(KNOWN)),
             "verify": st.booleans(),
             "strict": st.booleans(),
-            "allow_lossy": st.sets(st.sampled_from(sorted(LOSSY))),
             "expect": st.none() | st.dictionaries(st.sampled_from(KNOWN), st.just(0)),
             **{name: st.sampled_from(values) for name, values in CHOICES.items()},
         },
