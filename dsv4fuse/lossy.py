@@ -85,8 +85,8 @@ def _quantised(name: str, module: nn.Module) -> Lossy:
     weight.requires_grad_(False)  # of codes there is no gradient
     made = Blocks(math.gcd(rows, BLOCK), math.gcd(columns, BLOCK), weight.dtype)
     parametrize.register_parametrization(module, "weight", made)
-    held = module.parametrizations.weight  # type: ignore[union-attr, operator]
-    left = sum(t.nbytes for t in (held.original0, held.original1))  # type: ignore[union-attr]
+    held = module.parametrizations.weight
+    left = sum(t.nbytes for t in (held.original0, held.original1))
     wide = weight.float()
-    error = (module.weight.float() - wide).norm() / wide.norm()  # type: ignore[operator]
+    error = (module.weight.float() - wide).norm() / wide.norm()
     return Lossy(name, error.item(), weight.nbytes - left)
