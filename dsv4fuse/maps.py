@@ -19,6 +19,10 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import FloorDiv
+
+from dsv4fuse import compat
 
 Size = int | sympy.Expr
 
@@ -53,11 +57,17 @@ ZERO = Index(0)
 
 
 def as_size(value: int | torch.SymInt) -> Size:
-    """An int, or the sympy expression behind a SymInt (never its hint)."""
-    if isinstance(value, torch.SymInt):
-        expr = value.node.expr
-        return int(expr) if expr.is_Integer else expr
-    return int(value)
+    """An int, or the sympy expression behind a SymInt: its hint only where no other is possible.
+
+    Torch leaves a quotient as it is although a guard of the graph has settled it: (s + 1) // 4 = 1.
+    """
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    expr = value.node.expr
+    if expr.is_Integer:
+        return int(expr)
+    hint = compat.hint(value) if expr.has(FloorDiv) else None
+    return hint if hint is not None and statically_known_true(value == hint) else expr
 
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:

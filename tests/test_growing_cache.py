@@ -78,7 +78,6 @@ def test_decode(kind):
     counts = Counter(Report.of(layer).counts())
     every = ("sink_attention", "inv_rope_grouped_bmm", *["indexer_logits"] * (kind == CSA))
     assert {n: counts[n] for n in every} == dict.fromkeys(every, len(graphs)), Report.of(layer)
-    if kind == HCA:  # with an overlap, torch leaves the length of the closing buffer a symbol
-        assert counts["compress_kv"] >= 2
+    assert counts["compress_kv"] >= 2  # the steps that close a window, in a graph or two
     step = torch.finfo(torch.bfloat16).eps * wanted.abs().amax(-1, keepdim=True)
     assert ((found - wanted).abs() / step).max() <= 2
