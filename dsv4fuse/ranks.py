@@ -9,6 +9,7 @@ into the store of the process group, and the others read it there: nobody waits.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from typing import TypeVar
@@ -37,8 +38,14 @@ def agreed(key: str, answer: Answer) -> Answer:
         first: bytes = store.compare_set(f"dsv4fuse/{key}", "", json.dumps(answer))
         return json.loads(first)
     except Exception as error:  # whatever a store raises: its server may be gone
-        log.warning("the ranks could not agree, this one decides for itself: %s", error)
+        _warn(f"the ranks could not agree, this one decides for itself: {error!r}")
         return answer
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Once for all sites."""
+    log.warning(sentence)
 
 
 def known(key: str) -> bool:

@@ -26,6 +26,11 @@ def store(request, tmp_path, monkeypatch):
     return made
 
 
+@pytest.fixture(autouse=True)
+def _fresh_warnings():
+    ranks._warn.cache_clear()
+
+
 def joined(monkeypatch, store):
     """This process as one of two ranks. The other ones are played by whoever writes to store."""
     monkeypatch.setattr(ranks, "several", lambda: True)
