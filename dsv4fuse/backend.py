@@ -48,6 +48,10 @@ class FusionPass(CustomGraphPass):
             note = f"dsv4fuse failed on a graph ({error!r}), which went to Inductor as it was."
             self.report += Report(graphs=1, notes=[note])
 
+    def __deepcopy__(self, memo: Any) -> FusionPass:
+        """Itself: AOTInductor copies its configuration, and the report is read from this one."""
+        return self
+
     def uuid(self) -> Any:
         """None (no caching) if an earlier pass has no identity of its own, or if another rank may
         have timed a site otherwise than the process that filled the cache."""

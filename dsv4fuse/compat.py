@@ -88,6 +88,13 @@ def trace_fused(
         return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
 
 
+def packaging() -> bool:
+    """Is AOTInductor making a package, which will run where no op of ours is registered?"""
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation)
+
+
 def hint(value: int | torch.SymInt) -> int:
     """The number a symbol stood for when the graph was traced; no guard is added."""
     if not isinstance(value, torch.SymInt):

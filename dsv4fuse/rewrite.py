@@ -44,7 +44,9 @@ def plan(candidate: Candidate) -> fx.GraphModule:
     on_gpu = any(isinstance(f, Tensor) and f.is_cuda for f in fakes)
     try:
         like = [n.meta["val"] for n in candidate.outputs]
-        traced = compat.trace_fused(fused, fakes, like, keep_ops=not on_gpu)
+        # On a CPU an op is its reference, and in a package no op but that.
+        kept = not on_gpu and not compat.packaging()
+        traced = compat.trace_fused(fused, fakes, like, keep_ops=kept)
     except ValueError as error:  # what a kernel's own checks raise
         raise Declined(str(error).strip()) from error
     results = next(n for n in traced.graph.nodes if n.op == "output").args[0]

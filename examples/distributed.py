@@ -89,10 +89,10 @@ class Plain:
         batch, length = tokens.shape
         model.allocate(batch, length + 1)
         positions = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
-        prefill, decode = compiled(model.prefill), compiled(model.decode)
+        prefill, decode = compiled(model.forward), compiled(model.decode)
         here = positions[:, -1:] + 1
         return {
-            "prefill": lambda: prefill(tokens, positions),
+            "prefill": lambda: prefill(tokens, positions, True),
             "decode": lambda: decode(tokens[:, :1], here),
         }
 
@@ -119,7 +119,8 @@ class Transformers:
         dtype = self.args.dtype
         model = type(self.whole).from_pretrained(folder[0], dtype=dtype, distributed_config=plan)
         model.config._experts_implementation = "grouped_mm"
-        return model.eval()
+        # The whole model is of one dtype; as loaded, norms are fp32, which 5.17 cannot multiply.
+        return model.to(dtype).eval()
 
     def calls(self, model: Any, tokens: Tensor, compiled: Compile) -> Calls:
         from dsv4fuse.models.hf import StaticV4Cache
@@ -130,7 +131,7 @@ class Transformers:
 
         def prefill() -> Tensor:
             cache.reset()
-            return step(tokens, past_key_values=cache, logits_to_keep=1).logits.squeeze(1)
+            return step(tokens, past_key_values=cache).logits
 
         def decode() -> Tensor:
             return step(tokens[:, :1], position_ids=position, past_key_values=cache).logits

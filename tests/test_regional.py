@@ -41,7 +41,7 @@ def decode(model: Transformer) -> torch.Tensor:
 
 
 def compiled(model: Transformer, compiler) -> tuple[int, float]:
-    """How often the layers were compiled in a decode step, and its seconds on this process's CPU."""
+    """How often the layers were compiled in a decode step, and its CPU seconds."""
     calls = []
 
     def counted(gm, inputs):
