@@ -1,4 +1,4 @@
-"""A decode step of the plain DeepSeek-V4 as an AOTInductor package, fused, for a process of its own.
+"""A decode step of the plain DeepSeek-V4, fused, as an AOTInductor package.
 
     python examples/package.py                                     # tiny, on whatever is here
     python examples/package.py --size flash --layers 4 --experts 8 --package decode.pt2
@@ -102,8 +102,8 @@ def main() -> None:
         wanted = [model.decode(*step) for step in steps]
         error = max(map(relative_error, torch.load(found), wanted))
         size = pathlib.Path(path).stat().st_size / 2**20
-    print(f"{STEPS} decode steps in a process without dsv4fuse ({size:.0f} MiB package) differ from "
-          f"eager by {error:.1e} of the largest logit.")  # fmt: skip
+    print(f"{STEPS} decode steps in a process without dsv4fuse ({size:.0f} MiB package) "
+          f"differ from eager by {error:.1e} of the largest logit.")  # fmt: skip
 
 
 if __name__ == "__main__":

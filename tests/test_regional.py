@@ -57,8 +57,8 @@ def compiled(model: Transformer, compiler) -> tuple[int, float]:
 
 
 def test_one_graph_serves_all_layers_of_a_kind():
-    count, _ = compiled(build(FLASH, 3), lambda gm, inputs: gm)
-    assert count == len(KINDS)
+    count, _ = compiled(build(("window", "window", "csa", "csa"), 2), lambda gm, inputs: gm)
+    assert count == 2
 
 
 @pytest.mark.long

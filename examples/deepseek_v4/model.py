@@ -112,7 +112,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens in a step, allocated for {self.next_n}")
         step = self.step(tokens, positions, prefill, past)
         x = self.embed_tokens(tokens).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
-        x = x.contiguous()  # as any layer gets it: compiled one by one, the first is no special case
+        x = x.contiguous()  # as every layer gets it: one graph serves all of a kind
         for layer in self.layers:
             x = layer(x, self.ropes, step)
         return x
