@@ -93,6 +93,16 @@ def _negated(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | N
     return x.args[0] if x.op == "neg" else None
 
 
+def _no_sign(t: Term) -> bool:
+    """Is t above or +0, or NaN?"""
+    if t.op in ("mul", "div"):
+        return _no_sign(t.args[0]) and (_no_sign(t.args[1]) or (number(t.args[1]) or 0.0) > 0.0)
+    if t.op == "maximum" and t.dtype is not None and t.dtype.is_floating_point:
+        # A bound that the dtype rounds to 0 would leave the sign of -0 open.
+        return any((number(x) or 0.0) >= torch.finfo(t.dtype).tiny for x in t.args)
+    return t.op in ("abs", "exp")
+
+
 def _clamp_order(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     """max(min(x, hi), lo) = min(max(x, lo), hi) for lo ≤ hi."""
     for inner, lo in (a, a[::-1]):
@@ -192,6 +202,9 @@ RULES: tuple[Rule, ...] = (
         ("abs",),
         lambda a, d, make: make("abs", a[0].args, d) if _is(a[0], "neg") else None,
     ),  # |-x| = |x|
+    Rule(
+        "abs of unsigned", "exact", ("abs",), lambda a, d, make: a[0] if _no_sign(a[0]) else None
+    ),  # |max(x, c)| = max(x, c) for c > 0
     Rule("clamp order", "exact", ("maximum",), _clamp_order),  # lo ≤ hi
     Rule("clamp by where", "exact", ("where",), _where),
     Rule(

@@ -5,6 +5,7 @@ Each rank leaves what it found as FOLDER/<rank>.json.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -22,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from dsv4fuse import Report, backend
 from examples.deepseek_v4 import PRESETS, Transformer, randomize
 from examples.deepseek_v4.generate import pad
+from examples.deepseek_v4.parallel import parallelize
 
 torch.backends.mkldnn.enabled = False  # as in conftest: not every machine has its bf16
 CONFIG = dataclasses.replace(PRESETS["tiny"], layers=("window", "csa"), n_mtp_layers=0)
@@ -48,6 +50,20 @@ def steps() -> list[tuple[Tensor, Tensor, bool]]:
 
 def apart(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def parallel() -> dict[str, object]:
+    """Tensor parallel: a decode step of one layer, its heads, groups and experts split."""
+    config = dataclasses.replace(CONFIG, layers=("csa",), n_hash_layers=0)
+    plain = Transformer(config)
+    randomize(plain)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    split = parallelize(copy.deepcopy(plain), mesh)
+    plain.allocate(2, 64)
+    split.allocate(2, 64)
+    step = torch.tensor([[3], [4]]), torch.tensor([[40], [9]])
+    found = torch.compile(split.decode, fullgraph=True, **FUSING)(*step)
+    return {"errors": [apart(found, plain.decode(*step))], "taken": Report.of(split).counts()}
 
 
 def sharded(whole: bool) -> dict[str, object]:
@@ -105,6 +121,7 @@ def example(*arguments: str) -> None:
 RUNS = {
     "whole": lambda: sharded(whole=True),
     "blocks": lambda: sharded(whole=False),
+    "parallel": parallel,
     "pipeline": pipeline,
 }
 

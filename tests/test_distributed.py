@@ -102,6 +102,15 @@ def two_ranks(checkout, tmp_path, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_does(checkout, tmp_path):
+    two_ranks(checkout, tmp_path, "parallel", tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    counts = expected(["csa"], torch.float32, decode=True)
+    assert first["taken"] == second["taken"] == {name: n for name, n in counts.items() if n}
+    assert max(*first["errors"], *second["errors"]) < NEAR
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("way", ["whole", "blocks", "pipeline"])
 def test_fsdp_and_pipeline_stages(checkout, tmp_path, way):

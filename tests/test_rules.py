@@ -137,6 +137,14 @@ UNARY = [
     *_unary("unit factor", "mul", FLOATS, lambda m, c, x, d: ((x, c(-1.0)), d), "minus one"),
     *_unary("sign of sign", "neg", FLOATS, lambda m, c, x, d: ((m("neg", (x,), d),), d)),
     *_unary("abs of sign", "abs", FLOATS, lambda m, c, x, d: ((m("neg", (x,), d),), d)),
+    *_unary(
+        "abs of unsigned", "abs", FLOATS,
+        lambda m, c, x, d: ((m("maximum", (x, c(0.3)), d),), d), "above a bound",
+    ),
+    *_unary(
+        "abs of unsigned", "abs", FLOATS,
+        lambda m, c, x, d: ((m("div", (m("abs", (x,), d), c(448.0)), d),), d), "a quotient",
+    ),
     *_unary("reciprocal", "reciprocal", FLOATS, lambda m, c, x, d: ((x,), d)),
     *_unary("difference", "sub", FLOATS, lambda m, c, x, d: ((c(0.3), x), d), "from a number"),
     *_unary(
