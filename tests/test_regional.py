@@ -41,7 +41,8 @@ def decode(model: Transformer) -> torch.Tensor:
 
 
 def compiled(model: Transformer, compiler) -> tuple[int, float]:
-    """How often the layers were compiled in a decode step, and its CPU seconds."""
+    """How often the layers were compiled in a decode step, and the CPU seconds that it took longer
+    than the next one."""
     calls = []
 
     def counted(gm, inputs):
@@ -51,9 +52,12 @@ def compiled(model: Transformer, compiler) -> tuple[int, float]:
     torch._dynamo.reset()
     for layer in model.layers:
         layer.compile(backend=counted, fullgraph=True)
-    started = time.process_time()
-    decode(model)
-    return len(calls), time.process_time() - started
+    marks = [time.process_time()]
+    for _ in range(2):
+        decode(model)
+        marks.append(time.process_time())
+    first, second = marks[1] - marks[0], marks[2] - marks[1]
+    return len(calls), first - second
 
 
 def test_one_graph_serves_all_layers_of_a_kind():
@@ -73,6 +77,7 @@ def test_43_layers_compile_as_fast_as_their_kinds():
     kinds, spent_on_kinds = compiled(few, fusing)
     count, spent = compiled(whole, fusing)
     assert kinds == count == len(KINDS)
+    print(f"{count} graphs: {spent_on_kinds:.1f} s for the kinds, {spent:.1f} s for 43 layers")
     assert spent <= 1.2 * spent_on_kinds
     counts = expected(list(KINDS), torch.float32, decode=True)
     counts = {name: n for name, n in counts.items() if n and name != "hyper_head"}
