@@ -18,7 +18,7 @@ ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
 PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo test test-long versions generate lint doctor clean
+.PHONY: help setup demo test test-long versions generate lint docs doctor clean
 
 help:
 	@echo "make demo       run examples/quickstart.py and show what was fused"
@@ -27,6 +27,7 @@ help:
 	@echo "make versions TORCH='2.11.0 2.12.1'  run the pass's tests under these, keep the counts"
 	@echo "make generate   draw programs and mutants, PROGRAMS=n of each (see tests/generate)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the tables and pictures of README.md and docs/, from what is committed"
 	@echo "make doctor     what this machine can run, and why not the rest"
 	@echo "make clean      remove the environments and all caches"
 
@@ -67,6 +68,13 @@ generate: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/mypy && echo "lint: no complaints"
+
+# A picture of each fusion that was measured against Inductor.
+docs: $(STAMP)
+	@for file in $$(grep -l '"inductor"' kernels/*.json); do $(BIN)/python -m dsv4fuse bench --from $$file \
+		--plot docs/pictures/$$(basename $$file .json).svg || exit 1; done
+	@$(BIN)/python -m examples.picture docs/pictures/launches.svg examples/results/*_flash_*.json
+	@$(BIN)/python -m dsv4fuse fusions --write README.md --write docs/speed.md --write docs/ops.md
 
 doctor: $(STAMP)
 	@$(BIN)/python -m dsv4fuse doctor

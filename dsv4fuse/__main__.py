@@ -31,6 +31,21 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dsv4fuse {dsv4fuse.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """What all commands share."""
+
+
 @app.command()
 def explain(
     factory: Annotated[

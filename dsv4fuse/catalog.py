@@ -117,7 +117,7 @@ def listing() -> str:
             r = v.ratios
             lines.append(
                 f"  {v.name}: {min(r):.2f}–{max(r):.2f} of Inductor's time, "
-                f"taken at {v.region} tokens"
+                f"taken at these numbers of tokens: {v.region}"
             )
     return "\n".join(lines)
 

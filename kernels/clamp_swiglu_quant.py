@@ -142,6 +142,8 @@ def column_block(columns: int, wanted: int, group: int) -> int:
 
 def _check(gate: Tensor, up: Tensor, weight: Tensor | None, rounding: str, group: int) -> None:
     common.require(gate.dim() == 2 and up.dim() == 2, "gate and up must be [T, I]")
+    sizes = f"gate is {list(gate.shape)}, up is {list(up.shape)}"
+    common.require(gate.shape == up.shape, sizes)  # the kernel would read past the smaller one
     common.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")
     common.require(gate.dtype in common.FLOATS, "gate and up must be bf16, fp16 or fp32")
     common.require(rounding in ("once", "silu"), f"no rounding {rounding!r} here")
