@@ -15,15 +15,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 
 import pytest
 
+import dsv4fuse
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
-FILES = ("pyproject.toml", "README.md", "LICENSE")
-FOLDERS = ("dsv4fuse", "kernels", "patterns")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "Makefile",
+         "constraints.txt")  # fmt: skip
+PACKAGED = ("dsv4fuse", "kernels", "patterns")
+FOLDERS = (*PACKAGED, "docs", "examples", "tests")
 
 # Imports all submodules of both packages, then the library, and looks at where each came from.
 PROBE = """
@@ -122,9 +127,33 @@ def test_wheel_holds_everything_and_nothing_else(source, wheel):
     for name in ("kernels", "patterns"):
         expected |= {f"dsv4fuse/{name}/{p.name}" for p in (source / name).glob("*.py")}
     assert modules == expected
-    assert "dsv4fuse/py.typed" in names
+    data = {"dsv4fuse/py.typed", "dsv4fuse/templates/report.html"}
+    for name in ("kernels", "patterns"):
+        data |= {f"dsv4fuse/{name}/{p.name}" for p in (source / name).glob("*.json")}
+    assert data == {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
     assert {n.split("/")[0].split("-")[0] for n in names} == {"dsv4fuse"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_sdist_holds_what_tests_and_docs_need(source, tmp_path):
+    flags = ("--sdist", "--no-isolation", "--outdir", tmp_path)
+    run(sys.executable, "-m", "build", *flags, source, cwd=tmp_path)
+    (made,) = tmp_path.glob("*.tar.gz")
+    root = f"dsv4fuse-{dsv4fuse.__version__}"
+    assert made.name == f"{root}.tar.gz"
+    with tarfile.open(made) as archive:
+        names = {n.removeprefix(f"{root}/") for n in archive.getnames()}
+    wanted = {
+        p.relative_to(source).as_posix()
+        for folder in FOLDERS for p in (source / folder).rglob("*") if p.is_file()
+    }  # fmt: skip
+    wanted = {n for n in wanted if ".egg-info/" not in n}
+    assert wanted | set(FILES) <= names
+
+
+def test_wheel_has_the_packages_version(wheel, checkout):
+    assert wheel.name.startswith(f"dsv4fuse-{dsv4fuse.__version__}-")
+    assert f"## {dsv4fuse.__version__}\n" in (checkout / "CHANGELOG.md").read_text()
 
 
 def test_wheel_registers_the_backend(wheel):
@@ -139,6 +168,8 @@ def test_installed_wheel(source, wheel, tmp_path):
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
     probe(sys.executable, target, source, tmp_path, target)
+    code = "from dsv4fuse import Report; print(Report().to_html())"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, path=(target,)).endswith("</html>\n")
 
 
 def test_installed_wheel_beside_a_stray_pyproject(source, wheel, tmp_path):
@@ -182,14 +213,13 @@ def test_transformers_imports_its_model_from_the_checkout(checkout):
 
 def test_import_is_cheap_and_typed(checkout):
     code = "import sys, dsv4fuse; print('torch' in sys.modules, dsv4fuse.__version__)"
-    assert run(sys.executable, "-c", code, cwd=checkout).strip() == "False 0.1.0"
+    printed = run(sys.executable, "-c", code, cwd=checkout).strip()
+    assert printed == f"False {dsv4fuse.__version__}"
     code = "import dsv4fuse\ntry: dsv4fuse.nope\nexcept AttributeError as e: print(e)"
     assert "no attribute 'nope'" in run(sys.executable, "-c", code, cwd=checkout)
 
 
 def test_public_names_resolve():
-    import dsv4fuse
-
     for name in dsv4fuse.__all__:
         assert getattr(dsv4fuse, name) is not None
     assert set(dsv4fuse.__all__) <= set(dir(dsv4fuse))
