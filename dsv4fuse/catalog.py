@@ -22,6 +22,7 @@ from dsv4fuse.fusion import registry
 from dsv4fuse.select import SLOWER, measured
 
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
+VERSIONS = "tests/versions.json"
 
 
 class MarkerError(ValueError):
@@ -152,6 +153,15 @@ def ops_table(root: pathlib.Path) -> str:
     return _table(("op", "what it computes", "arguments", "shapes, dtypes, rounding"), rows)
 
 
+def versions_table(root: pathlib.Path) -> str:
+    """What ``make versions`` kept of each version of torch."""
+    file = root / VERSIONS
+    rows = json.loads(file.read_text()) if file.exists() else []
+    columns = ("torch", "triton", "python", "device", "date", "passed", "skipped")
+    cells = [(*(str(r[c]) for c in columns), ", ".join(r["failed"]) or "none") for r in rows]
+    return _table((*columns, "failed"), cells) if cells else "No run is kept yet."
+
+
 def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = list(titles)
     lines = [titles, ["---"] * len(titles), *rows]
@@ -162,6 +172,7 @@ TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
     "fusions": fusions_table,
     "times": times_table,
     "ops": ops_table,
+    "versions": versions_table,
 }
 _OPEN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
 
