@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and docs/, and a copy of the checkout in which they run as printed.
+"""The fenced blocks of README.md and docs/, and a copy of the checkout in which they are run.
 
 The word behind a fence's language says what a block is: nothing, `long` (takes minutes), `gpu`
 (needs one), `file=PATH` (a file of a worked example). A `text` block is what the block before it

@@ -137,3 +137,10 @@ def test_plot_of_what_was_measured(machine, tmp_path):
 def test_one_fusion_on_a_gpu():
     made = bench.measure(registry()["moe_router"], "topk", "flash", 64)
     assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0
+
+
+def test_progress_counts_every_row(machine):
+    steps = []
+    rows, _ = bench.run([NAMES[0]], ["flash", "pro"], [1, 64], None, lambda *s: steps.append(s))
+    assert len(steps) == len(rows) and {total for _, total in steps} == {len(rows)}
+    assert steps[0][0].startswith(f"{NAMES[0]} (") and steps[0][0].endswith("1 tokens")

@@ -54,7 +54,11 @@ def wrong_at(monkeypatch):
 def test_the_wrong_site_is_found(wrong_at, width):
     wrong_at(width)
     model, args = make()
-    found = bisection.bisect(model, args, options={"verify": False})
+    steps = []
+    found = bisection.bisect(
+        model, args, options={"verify": False}, progress=lambda text, most: steps.append(most)
+    )
+    assert 1 < len(steps) <= steps[0], "a bar is never more than full"
     (site,) = found.sites
     assert site.detail["site"] == f"clamp_swiglu_quant#{WIDTHS.index(width)}"
     assert found.alone == found.together == 1.0

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import dsv4fuse
 from dsv4fuse import doctor
 from dsv4fuse.__main__ import FactoryError, app, build
+from dsv4fuse.fusion import registry
 from dsv4fuse.options import OptionError
 from dsv4fuse.report import FusionError, Report, Site
 
@@ -202,3 +203,30 @@ def test_verdicts():
     assert doctor.verdict([no_torch]) == "dsv4fuse cannot work here: torch."
     assert "references" in doctor.verdict([doctor.Check("C++ compiler", True, "")])
     assert "eager" in doctor.verdict([])
+
+
+def test_help_names_every_command_and_the_version_is_the_packages():
+    shown = run("--help").stdout
+    for command in ("explain", "bisect", "bench", "fusions", "doctor"):
+        assert f"\n  {command} " in shown
+        assert run(command, "--help").exit_code == 0
+    assert run("--version").stdout == f"dsv4fuse {dsv4fuse.__version__}\n"
+
+
+def test_fusions_are_listed():
+    shown = run("fusions").stdout
+    assert all(f"{name}\n" in shown for name in registry())
+    assert "of Inductor's time" in shown
+
+
+def test_the_tables_of_a_page_are_renewed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- fusions -->\nstale\n<!-- /fusions -->\nbehind\n")
+    assert run("fusions", "--write", str(page)).exit_code == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nbehind\n") and "stale" not in text
+    assert all(f"| `{name}` |" in text for name in registry())
+    page.write_text("<!-- fusions -->")
+    result = run("fusions", "--write", str(page))
+    assert result.exit_code == 2 and "needs <!-- /fusions -->" in result.stderr
+    assert run("fusions", "--write", str(tmp_path / "none.md")).exit_code == 2
