@@ -18,7 +18,7 @@ ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
 PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help setup demo test test-long versions generate lint docs doctor clean
+.PHONY: help setup demo test test-long versions generate sanitize lint docs doctor clean
 
 help:
 	@echo "make demo       run examples/quickstart.py and show what was fused"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-long  run all tests, those of minutes too, with the long hypothesis profile"
 	@echo "make versions TORCH='2.11.0 2.12.1'  run the pass's tests under these, keep the counts"
 	@echo "make generate   draw programs and mutants, PROGRAMS=n of each (see tests/generate)"
+	@echo "make sanitize   run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the tables and pictures of README.md and docs/, from what is committed"
 	@echo "make doctor     what this machine can run, and why not the rest"
@@ -65,6 +66,17 @@ versions: $(STAMP)
 
 generate: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.generate --programs $(PROGRAMS) --workers $(WORKERS)
+
+SANITIZER ?= compute-sanitizer
+SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
+
+# Without torch's pool of memory each tensor is an allocation of its own, with bounds of its own.
+sanitize: $(STAMP)
+	@command -v $(SANITIZER) >/dev/null || { echo "There is no $(SANITIZER) here: install the CUDA toolkit, or give its path: make SANITIZER=/path/to/compute-sanitizer sanitize"; exit 1; }
+	@for tool in $(SANITIZER_TOOLS); do \
+		echo "$$tool" && PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
+			--error-exitcode 9 $(BIN)/python -m tests.sanitize || exit 1; \
+	done
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/mypy && echo "lint: no complaints"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -202,6 +204,69 @@ def test_uuid_follows_the_interpreter_switch_and_torch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr("torch.__version__", "2.99.0")
     assert cache.pass_uuid(Options()) != base
+
+
+CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+LOADERS = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load"),
+           ("jit", "load"), ("package", "PackageImporter")}  # fmt: skip
+
+
+def _executable(text: str) -> list[str]:
+    """What of a source could turn the bytes of a file into code."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(a.name for a in node.names)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found += [node.func.id] * (node.func.id in CALLS)
+        elif isinstance(node, ast.Attribute):
+            base = node.value
+            of = getattr(base, "id", getattr(base, "attr", ""))
+            found += [f"{of}.{node.attr}"] * ((of, node.attr) in LOADERS)
+        found += [n for n in names if n.partition(".")[0] in CODE]
+    return found
+
+
+def test_nothing_here_makes_code_of_data(checkout):
+    """Caches, reports and measurements are JSON: whoever can write them can run nothing."""
+    sources = [f for d in ("dsv4fuse", "kernels", "patterns") for f in (checkout / d).rglob("*.py")]
+    assert len(sources) > 60
+    found = {str(f): bad for f in sources if (bad := _executable(f.read_text(encoding="utf-8")))}
+    assert not found
+
+
+@pytest.mark.parametrize("text", [
+    "import pickle", "from pickle import loads", "import dill as d", "import torch\ntorch.load(f)",
+    "eval(x)", "exec(x)", "np.load(f, allow_pickle=True)", "__import__('pickle')",
+])  # fmt: skip
+def test_what_would_is_seen(text):
+    assert _executable(text)
+
+
+def test_a_pickle_is_no_report(store):
+    """Not even one that is a report: it is not opened."""
+    store.mkdir(parents=True)
+    cache.save_report("k", report())
+    file = next(store.glob("*.json"))
+    marker = store / "ran"
+    file.write_bytes(pickle.dumps(_Runs(str(marker))))
+    assert cache.load_report("k") is None and not marker.exists()
+    pickle.loads(file.read_bytes())
+    assert marker.exists(), "the pickle does nothing, so this shows nothing"
+
+
+class _Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def test_the_file_is_json(store):

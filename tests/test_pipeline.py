@@ -149,7 +149,7 @@ def test_activation_checkpointing(grad):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["dynamic", "marked"])
 def test_sizes_that_change_compile_once(how):
-    """Whatever number a symbol stood for when it was traced; torch itself sets sizes of one apart."""
+    """Whatever number a symbol stood for when it was traced; of sizes of one torch is wary."""
     expert, seen = Expert(), []
 
     def counting(gm, inputs, **kwargs):
@@ -226,7 +226,7 @@ def test_a_wrapper_subclass():
 
 
 class Codes(Tensor):
-    """A quantised tensor as libraries make them: codes and a scale, dequantised where it is used."""
+    """A quantised tensor as libraries make them: codes and a scale, made wide where it is used."""
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -333,10 +333,12 @@ print(json.dumps([Report.of(holder).counts(), counters["inductor"]["fxgraph_cach
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["kernels/clamp_swiglu_quant.py", "dsv4fuse/rules.py",
-                                  "patterns/norm_quant.py", "kernels/norm_rope_cache.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file", ["kernels/clamp_swiglu_quant.py", "dsv4fuse/rules.py", "patterns/norm_quant.py",
+             "kernels/norm_rope_cache.json"],
+)  # fmt: skip
 def test_a_changed_source_is_another_program(file, checkout, tmp_path):
-    """Of kernels, patterns, rules, measured data: what was compiled with the old one is not used."""
+    """Of kernels, patterns, rules, measured data: what was compiled before is not used."""
     tree = tmp_path / "tree"
     for part in ("dsv4fuse", "kernels", "patterns"):
         shutil.copytree(checkout / part, tree / part)

@@ -1,0 +1,258 @@
+"""What every fused kernel promises, asked of each sequence that the registry knows.
+
+All run ``Fusion.examples`` through the backend, so that a new fusion is held to this by itself.
+On a CPU the kernels are interpreted, which takes minutes in all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common as common
+from torch import Tensor
+
+from dsv4fuse import Report, backend, kernels
+from dsv4fuse.fusion import Sizes, registry
+
+from ._kernels import DEVICE, GPU, bits
+from .sanitize import main
+from .test_kernels import OPS
+
+pytestmark = pytest.mark.gpu if GPU else pytest.mark.long
+SIZES = Sizes() if GPU else Sizes(heads=4, groups=2, inter=256, experts=32)
+TOKENS = 37 if GPU else 5
+VARIANTS = [(f, v) for f, made in registry().items() for v in made.examples]
+# A row's bits depend on how many rows there are where the way to sum is chosen by their number.
+BY_COUNT = {"hyper_connection_pre", "hyper_head", "inv_rope_grouped_bmm", "sink_attention",
+            "sparse_sink_attention", "indexer_logits"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sequence as people write it, and what the backend makes of it."""
+
+    name: str
+    variant: str
+    fn: Callable[..., object]
+    inputs: tuple[Tensor, ...]
+    slack: float
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.variant}"
+
+    @functools.cached_property
+    def fused(self) -> Callable[..., object]:
+        # Of inputs with other strides a site may be declined, which is as good.
+        options = {"select": "always", "inner": "eager", "verify": False}
+        return torch.compile(self.fn, backend=backend.dsv4fuse, options=options, dynamic=False)
+
+    def run(self, fn: Callable[..., object], given: list[Tensor]) -> list[Tensor]:
+        """The results and then the inputs, which may have been written."""
+        with torch.no_grad():
+            found = fn(*given)
+        return [*([found] if isinstance(found, Tensor) else list(found)), *given]  # type: ignore
+
+
+def site(name: str, variant: str, tokens: int = TOKENS) -> Site:
+    torch.manual_seed(0)
+    made = registry()[name].examples[variant](tokens, SIZES, DEVICE)
+    return Site(name, variant, made.fn, made.inputs, made.slack)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda nv: "-".join(nv))
+def made(request) -> Iterator[Site]:
+    """With every fresh tensor full of NaN, or of the largest integer: nothing is zero by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield site(*request.param)
+    torch.use_deterministic_algorithms(False)
+
+
+def clones(s: Site) -> list[Tensor]:
+    return [t.clone() for t in s.inputs]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        same = bits(x) == bits(y) if x.element_size() <= 4 else x == y
+        nan = x.float().isnan() & y.float().isnan() if x.dtype.is_floating_point else same
+        assert (same | nan).all()
+
+
+def near(found: list[Tensor], wanted: list[Tensor], slack: float) -> None:
+    """NaN and infinities in their places; else within rounding steps at a row's largest value."""
+    for x, y in zip(found, wanted, strict=True):
+        if not x.dtype.is_floating_point:
+            assert torch.equal(x, y)
+            continue
+        x, y = x.double(), y.double()
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.where(x.isinf(), 0), y.where(y.isinf(), 0))
+        finite = x.isfinite()
+        x, y = x.where(finite, 0), y.where(finite, 0)
+        if x.numel():
+            step = 2 * torch.finfo(wanted[0].dtype).eps + slack
+            assert ((x - y).abs() <= step * y.abs().amax(-1, keepdim=True)).all()
+
+
+def test_every_op_is_sampled():
+    """A new op without a call in test_kernels would miss opcheck, fakes and the sanitizer."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"dsv4fuse.kernels.{module.name}")
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dsv4fuse::"))
+    found = {n.partition("::")[2].partition(".")[0] for n in names}
+    assert found == {*OPS, "grouped_scaled_mm"}  # which torch has for a GPU only: below
+
+
+def test_what_the_sanitizer_is_given():
+    """Every op and every variant; on a GPU make sanitize runs it."""
+    done = main(DEVICE, (3,))
+    assert len(done) == len(OPS) + len(VARIANTS)
+
+
+@pytest.mark.gpu
+def test_the_op_that_is_torchs_own_product():
+    codes, w = (torch.randn(8, 2, 256, device="cuda").to(common.FP8) for _ in "cw")
+    w = w.repeat(16, 1, 1).transpose(0, 1).contiguous()  # [2, 128, 256]
+    scales, w_scale = torch.rand(2, 2, 8, device="cuda"), torch.rand(2, 1, 2, device="cuda")
+    op = torch.ops.dsv4fuse.grouped_scaled_mm
+    tests = ["test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(op.default, (codes, scales, w, w_scale), test_utils=tests)
+    wide = codes.double().unflatten(-1, (2, 128)) * scales.permute(2, 0, 1).unsqueeze(-1)
+    heavy = w.double().unflatten(-1, (2, 128)) * w_scale.unsqueeze(-1)
+    exact = torch.einsum("tgk,gnk->tgn", wide.flatten(-2), heavy.flatten(-2))
+    off = (op(codes, scales, w, w_scale).double() - exact).abs()
+    assert (off <= 2**-8 * exact.abs().amax(-1, keepdim=True)).all()
+
+
+def test_the_same_bits_again(made):
+    """Run to run; what is not a cache is only read; and the site is taken in the first place."""
+    given, again = clones(made), clones(made)
+    first, second = made.run(made.fused, given), made.run(made.fused, again)
+    equal(first, second)
+    eager = made.run(made.fn, clones(made))
+    near(first, eager, made.slack)
+    equal(given, eager[-len(given) :])
+    holder = torch.nn.Module()
+    for k, t in enumerate(given):
+        holder.register_buffer(f"x{k}", t)
+    assert Report.of(holder).counts() == {made.name: 1}
+
+
+def _poisoned(t: Tensor) -> tuple[Tensor, Tensor]:
+    """t's values with the same axes in a buffer with room around every row; and that buffer."""
+    wider = [n + 16 * (k == t.dim() - 1) + 2 * (k == 0) for k, n in enumerate(t.shape)]
+    poison = math.nan if t.dtype.is_floating_point else 1 << 20
+    poison = poison if t.element_size() > 1 else 0
+    buffer = torch.empty(wider, dtype=t.dtype, device=t.device).fill_(poison)
+    return _inside(buffer).copy_(t), buffer
+
+
+def _inside(buffer: Tensor) -> Tensor:
+    return buffer[1:-1, ..., 8:-8] if buffer.dim() > 1 else buffer[9:-9] if buffer.dim() else buffer
+
+
+def test_room_around_rows_is_neither_read_nor_written(made):
+    """Rows apart in memory, poison between them: the bits of dense rows, and the poison stays."""
+    pairs = [_poisoned(t) for t in made.inputs]
+    before = [buffer.clone() for _, buffer in pairs]
+    found = made.run(made.fused, [view for view, _ in pairs])
+    dense = made.run(made.fused, clones(made))
+    near(found, dense, made.slack)
+    for (view, buffer), kept in zip(pairs, before, strict=True):
+        view.zero_()
+        _inside(kept).zero_()
+        equal([buffer], [kept])
+
+
+def _token_axes(name: str, variant: str, s: Site) -> list[int | None]:
+    """Of each input the axis along which its tokens lie: what is longer with one token more."""
+    longer = site(name, variant, TOKENS + 1).inputs
+    axes = [
+        next((k for k, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
+        for a, b in zip(s.inputs, longer, strict=True)
+    ]
+    return [None if k is not None and t.shape[k] != TOKENS else k
+            for k, t in zip(axes, s.inputs, strict=True)]  # fmt: skip
+
+
+SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "zeros": 0.0, "-0": -0.0,
+           "subnormal": 1e-40, "large": 3e4}  # fmt: skip
+
+
+def test_special_values(made):
+    """One token's row, in one input after another: what eager makes of it, and in no other row."""
+    axes = enumerate(_token_axes(made.name, made.variant, made))
+    places = [(k, a) for k, a in axes if a is not None and made.inputs[k].is_floating_point()]
+    for (k, axis), value in itertools.product(places, SPECIAL):
+        given, theirs = clones(made), clones(made)
+        for t in (given[k], theirs[k]):
+            row = t.select(axis, TOKENS // 2)
+            part = row if value in ("zeros", "-0", "subnormal") else row[..., :1]
+            part.fill_(SPECIAL[value])
+        near(made.run(made.fused, given), made.run(made.fn, theirs), made.slack)
+
+
+def test_rows_do_not_depend_on_their_number(made):
+    """The first rows of many are the rows of a few, where eager's are."""
+    axes = _token_axes(made.name, made.variant, made)
+    if made.name in BY_COUNT or None in (axes[0],):
+        pytest.skip("no such promise")
+    few = TOKENS - 2
+    whole = clones(made)
+    part = [t.clone() if a is None else t.narrow(a, 0, few).clone()
+            for t, a in zip(made.inputs, axes, strict=True)]  # fmt: skip
+    for fn in (made.fn, made.fused):
+        many = made.run(fn, [t.clone() for t in whole])[: -len(whole)]
+        less = made.run(fn, [t.clone() for t in part])[: -len(whole)]
+        cut = [m[:few] if m.shape != n.shape else m for m, n in zip(many, less, strict=True)]
+        equal([c.contiguous() for c in cut], [n.contiguous() for n in less])
+
+
+def test_rounding_leans_nowhere(made):
+    """Where the fused result and eager's are not the same, either is the larger as often.
+
+    Truncation, or a rounding point too many, would be on one side: |fused| < |eager|. The chance
+    of a fair coin to be as far off is below 1e-6.
+    """
+    found = made.run(made.fused, clones(made))
+    wanted = made.run(made.fn, clones(made))
+    for x, y in zip(found, wanted, strict=True):
+        if x.dtype.is_floating_point:
+            smaller = (x.double().abs() < y.double().abs()).sum().item()
+            larger = (x.double().abs() > y.double().abs()).sum().item()
+            assert abs(smaller - larger) <= 4.9 * math.sqrt(smaller + larger), (smaller, larger)
+
+
+def test_several_tokens_for_one_slot(made):
+    """One of their rows is there whole, as it would be alone; every other row is as before."""
+    axes = _token_axes(made.name, made.variant, made)
+    given = clones(made)
+    written = made.run(made.fn, given)[-len(given) :]
+    caches = [k for k, (a, b) in enumerate(zip(written, made.inputs, strict=True))
+              if not torch.equal(a, b)]  # fmt: skip
+    slots = [k for k, (t, a) in enumerate(zip(made.inputs, axes, strict=True))
+             if t.dtype in (torch.int32, torch.int64) and a is not None]  # fmt: skip
+    if not caches or len(slots) != 1:
+        pytest.skip("no cache is written by index")
+    (cache,), (slot,) = caches, slots
+    alone = written[cache].flatten(0, -2)
+    alone = alone[(alone != made.inputs[cache].flatten(0, -2)).any(-1)]
+    given = clones(made)
+    given[slot].fill_(3)
+    found = made.run(made.fused, given)[-len(given) :][cache].flatten(0, -2)
+    changed = (found != made.inputs[cache].flatten(0, -2)).any(-1)
+    assert changed.sum() == 1
+    assert (alone == found[changed]).all(-1).any()
+
+
+
