@@ -3,7 +3,8 @@
 The interpreter of Triton 3.6–3.9 truncates fp32 → bf16 and gets about 2 % of the casts to fp8
 wrong. ``install()`` sends every cast between float types through ml_dtypes: round to nearest
 even, and saturation at ±448 for e4m3 as ``cvt.rn.satfinite`` does. It also gives infinite and
-NaN arguments the quiet arithmetic of a GPU in place of NumPy's warnings.
+NaN arguments the quiet arithmetic of a GPU in place of NumPy's warnings, and drops NaN where a
+minimum or maximum does.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def install() -> None:
 
         return product(self, wide(a), wide(b), d, *rest)
 
+    # A GPU's minimum and maximum drop NaN unless told to keep it; NumPy's keep it always.
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
     builder.create_fp_to_fp = create_fp_to_fp

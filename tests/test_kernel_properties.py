@@ -7,10 +7,8 @@ On a CPU the kernels are interpreted, which takes minutes in all.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
-import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +17,7 @@ import torch
 from dsv4fuse.kernels import _common as common
 from torch import Tensor
 
-from dsv4fuse import Report, backend, kernels
+from dsv4fuse import Report, backend
 from dsv4fuse.fusion import Sizes, registry
 
 from ._kernels import DEVICE, GPU, bits
@@ -104,15 +102,6 @@ def near(found: list[Tensor], wanted: list[Tensor], slack: float) -> None:
             assert ((x - y).abs() <= step * y.abs().amax(-1, keepdim=True)).all()
 
 
-def test_every_op_is_sampled():
-    """A new op without a call in test_kernels would miss opcheck, fakes and the sanitizer."""
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"dsv4fuse.kernels.{module.name}")
-    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dsv4fuse::"))
-    found = {n.partition("::")[2].partition(".")[0] for n in names}
-    assert found == {*OPS, "grouped_scaled_mm"}  # which torch has for a GPU only: below
-
-
 def test_what_the_sanitizer_is_given():
     """Every op and every variant; on a GPU make sanitize runs it."""
     done = main(DEVICE, (3,))
@@ -141,7 +130,9 @@ def test_the_same_bits_again(made):
     equal(first, second)
     eager = made.run(made.fn, clones(made))
     near(first, eager, made.slack)
-    equal(given, eager[-len(given) :])
+    for ours, theirs, before in zip(given, eager[-len(given) :], made.inputs, strict=True):
+        kept = bits(theirs) == bits(before) if ours.element_size() <= 4 else theirs == before
+        assert torch.equal(ours[kept], before[kept]), "written where eager writes nothing"
     holder = torch.nn.Module()
     for k, t in enumerate(given):
         holder.register_buffer(f"x{k}", t)

@@ -24,6 +24,8 @@ from dsv4fuse.kernels import inv_rope_quant as inv
 from dsv4fuse.kernels import moe_router as router
 from dsv4fuse.kernels import norm_rope_cache as rows
 
+from dsv4fuse.fusion import register_ops
+
 assert sink_attention and sparse_sink_attention  # importing them registers the ops
 
 assert hyper_connection_post and hyper_connection_pre and hyper_head  # they register their ops
@@ -135,6 +137,15 @@ OPS = list(_samples("cpu"))
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ])]  # fmt: skip
+
+
+def test_every_op_is_sampled():
+    """A new op without a call above would miss opcheck, its fake and the sanitizer."""
+    register_ops()
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dsv4fuse::"))
+    found = {n.partition("::")[2].partition(".")[0] for n in names}
+    # The last is torch's own product, for a GPU only: test_kernel_properties has it.
+    assert found == {*OPS, "grouped_scaled_mm"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
