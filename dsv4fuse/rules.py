@@ -135,7 +135,7 @@ def _where(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | Non
     bound, held = number(test.args[1]), number(yes)
     if bound is None or held is None or d is None or not d.is_floating_point:
         return None
-    if held not in (bound, torch.tensor(bound, dtype=torch.float64).to(d).item()):
+    if repr(held) not in (repr(bound), repr(rounded(bound, d))):  # 0.0 == -0.0, in a clamp too
         return None
     return make("minimum" if test.op == "gt" else "maximum", (no, test.args[1]), d)
 

@@ -109,3 +109,12 @@ def test_a_silu_in_fp16_is_not_rewritten():
         assert low.make("mul", (x, low.make("sigmoid", (x,), d)), d).op == "mul"
     y = torch.tensor([-12.0]).to(FP16)
     assert y * y.sigmoid() != 0 and y / (1 + (-y).exp()) == 0
+
+
+@pytest.mark.parametrize("op", ["gt", "lt"])
+@pytest.mark.parametrize("bound, value", [(0.0, -0.0), (-0.0, 0.0)])
+def test_where_with_the_other_zero_is_no_clamp(op, bound, value):
+    low = Lowering()
+    x = _leaf(low, FP32)
+    above = low.make(op, (x, low.interner.const(bound)), torch.bool)
+    assert low.make("where", (above, low.interner.const(value), x), FP32).op == "where"
