@@ -17,7 +17,7 @@ from .test_kernels import OPS, _samples
 
 LENGTHS = (1, 3, 129)
 # No multiples of a program's rows; lanes as in the models, which kernels are compiled for.
-SIZES = Sizes(heads=6, groups=2, inter=384, experts=96, window=24)
+SIZES = Sizes(heads=6, groups=2, inter=768, experts=96, window=24)
 
 
 def calls(
