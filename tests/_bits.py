@@ -23,7 +23,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal,
     "sigmoid": torch.sigmoid, "where": torch.where, "ceil": torch.ceil, "floor": torch.floor,
     "log1p": torch.log1p, "cos": torch.cos, "sin": torch.sin, "remainder": torch.remainder,
-    "eq": torch.eq, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
+    "eq": torch.eq, "ne": torch.ne, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
 }  # fmt: skip
 
 

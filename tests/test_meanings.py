@@ -32,11 +32,11 @@ NUMBERS = (0.0, -0.0, 1.0, -1.5, 0.3, 448.0)
 UNARY = ("neg", "abs", "exp", "exp2", "log", "log1p", "log2", "ceil", "floor", "sqrt", "rsqrt",
          "reciprocal", "sigmoid", "cos", "sin")  # fmt: skip
 WITH_NUMBER = ("add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "clamp_min.default",
-               "clamp_max.default", "remainder.Scalar", "eq.Scalar", "gt.Scalar", "ge.Scalar",
-               "lt.Scalar", "le.Scalar")  # fmt: skip
+               "clamp_max.default", "remainder.Scalar", "eq.Scalar", "ne.Scalar", "gt.Scalar",
+               "ge.Scalar", "lt.Scalar", "le.Scalar")  # fmt: skip
 OF_TWO = ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum.default",
           "minimum.default", "clamp_min.Tensor", "clamp_max.Tensor", "remainder.Tensor",
-          "eq.Tensor", "gt.Tensor", "ge.Tensor", "lt.Tensor", "le.Tensor")  # fmt: skip
+          "eq.Tensor", "ne.Tensor", "gt.Tensor", "ge.Tensor", "lt.Tensor", "le.Tensor")  # fmt: skip
 CASTS = (prims.convert_element_type.default, aten.to.dtype)
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, arguments (T: a tensor), keywords
 T = object()
@@ -66,7 +66,7 @@ ELSEWHERE = {  # where what these mean is tested
     "test_numbers below": {"full", "full_like", "new_full", "scalar_tensor"},
     "test_pairs below": {"view_as_complex", "view_as_real", "_conj", "_conj_physical",
                          "conj_physical", "mul"},
-    "test_choices below": {"where"},
+    "test_choices below": {"where", "index_put"},
     "test_powers_of_two below": {"pow"},
 }  # fmt: skip
 
@@ -167,6 +167,18 @@ def test_choices():
             x.to(narrow), y,
         )  # fmt: skip
         _alike(found, meant)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, float("-inf")])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_assignment_where_a_mask_says_so(dtype, value):
+    def assigned(node: Any, x: fx.Node) -> fx.Node:
+        one = node(aten.full.default, [], value, dtype=dtype)
+        return node(aten.index_put.default, x, [node(aten.gt.Scalar, x, 0.25)], one)
+
+    found, meant, term = _sides(assigned, _numbers(dtype))
+    assert term.op == "where"
+    _alike(found, meant)
 
 
 @pytest.mark.parametrize("value", [*NUMBERS, float("inf"), float("-inf"), 0.1])
