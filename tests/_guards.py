@@ -32,6 +32,11 @@ GUARDS = [
     # ---- the check on random inputs
     Guard("check: value", _VERIFY, "if worst <= own + STEPS[numerics]:", "if True:",
           "test_verify.py::test_seen[a value]"),
+    Guard("check: how many differ", _VERIFY, "if part > DIFFERENT else None", "if False else None",
+          "test_verify.py::test_many_small_differences[all-dtype0]"),
+    Guard("router: a wrapping index", "patterns/_routing.py",
+          "along or gathered.node.target is aten.index.Tensor", "along",
+          "test_spellings.py::test_mutant[moe_router-hash: entries wrap in an index]"),
     Guard("check: NaN", _VERIFY, "if not torch.equal(x.isnan(), y.isnan()):", "if False:",
           "test_verify.py::test_seen[a NaN that is gone]"),
     Guard("check: infinities", _VERIFY,

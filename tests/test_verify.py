@@ -73,5 +73,29 @@ def test_as_near_to_exact_arithmetic_as_the_module():
     )
 
 
+# A part of all values turned by one step: fp8's steps are an eighth of a value.
+TURNED = {"none": (0, False), "few": (8, False), "a sixth": (6, True), "all": (1, True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TURNED)
+def test_many_small_differences(name, dtype):
+    """More of them than a sum in another order turns, each within the steps allowed."""
+    every, seen = TURNED[name]
+    wanted = torch.linspace(1, 1.9, 96).to(dtype)
+    bits = wanted.view(torch.int8 if wanted.element_size() == 1 else torch.int16).clone()
+    if every:
+        bits[::every] += 1
+    found = bits.view(dtype)
+    assert verify._differ(wanted, found, wanted, "faithful") is None
+    assert ("each rounding is promised" in (verify._many(wanted, found) or "")) == seen
+
+
+def test_wide_results_are_not_counted():
+    """In fp32 a sum in another order turns most of them."""
+    x = torch.linspace(1, 2, 96)
+    assert verify._many(x, x.nextafter(torch.tensor(9.0))) is None
+
+
 def test_an_error_is_said_in_one_line():
     assert verify.said(RuntimeError("no.\nmore")) == "no" and verify.said(KeyError()) == "KeyError"
