@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from dsv4fuse.kernels import _common as common
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -119,10 +118,9 @@ def test_a_wrong_program_is_counted():
 @pytest.mark.long
 def test_the_runner(tmp_path):
     path = tmp_path / "summary.json"
-    arguments = ["--programs", "25", "--workers", "1", "--only", "clamp", "--json", str(path)]
+    arguments = ["--programs", "10", "--workers", "1", "--only", "clamp", "--json", str(path)]
     done = CliRunner().invoke(runner.app, arguments)
     assert done.exit_code == 0, done.output
     counts = json.loads(path.read_text())["counts"]
-    assert counts["programs"] == 25 and counts["mutants"] > 5
-    assert counts["taken clamp_swiglu_quant"] > 20
-    assert torch.get_num_threads() >= 1
+    assert counts["programs"] == 10 and counts["mutants"] > 2
+    assert counts["taken clamp_swiglu_quant"] == counts["sites clamp_swiglu_quant"] >= 10

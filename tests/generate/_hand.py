@@ -139,7 +139,7 @@ SEAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "none index": lambda t: t[None][0],
     "transposed": lambda t: t.transpose(0, -1).transpose(0, -1),
     "moved": lambda t: t.movedim(-1, 0).movedim(0, -1),
-    "permuted": lambda t: t.permute(*range(t.dim())),
+    "swapped twice": lambda t: t.swapaxes(0, -1).swapaxes(-1, 0),
     "halves": lambda t: torch.cat(t.chunk(2, dim=-1), dim=-1),
     "rows apart": lambda t: torch.stack(t.unbind(0)) if t.dim() > 1 else t,
     "rows split": lambda t: torch.cat(t.split(1, dim=0)) if t.dim() > 1 else t,
