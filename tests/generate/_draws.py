@@ -92,7 +92,8 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
 
     def one(choose: Callable[..., Any]) -> None:
         program = _programs.program(choose, only)
-        compiled = tally.counts["programs"] % COMPILED == COMPILED - 1
+        number = seed * examples + tally.counts["programs"]  # through all tasks
+        compiled = number % COMPILED == COMPILED - 1
         outcome = _check.check(program, _check.compiled if compiled else _check.fused)
         tally.counts["through torch.compile"] += compiled
         _add(tally, outcome, seed)
