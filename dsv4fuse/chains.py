@@ -50,12 +50,17 @@ class Quantised:
         return {"group": a["group"], "floor": floor, "scale": a["scale"], "via": a["via"]}
 
     @property
+    def by(self) -> str:
+        """How the codes come of the scale, for the ops that know both ways: "div" or "mul"."""
+        return str(self.codes.arguments["by"])
+
+    @property
     def unsupported(self) -> str | None:
         return divides_by_product(self.codes.arguments)
 
 
 def divides_by_product(arguments: Mapping[str, object]) -> str | None:
-    """The one spelling of a quantiser that no kernel here computes."""
+    """The one spelling of a quantiser that few kernels here compute."""
     if arguments["by"] == "mul" and arguments["scale"] != "pow2":
         return "The kernel divides by the scale; this multiplies by its rounded reciprocal."
     return None

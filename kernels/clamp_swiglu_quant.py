@@ -13,7 +13,8 @@ Strides  gate and up any, so halves of a packed ``[T,2I]`` (chunked or interleav
          whose pad rows are zero (e8m0: byte 0).
 Rounding as ``atoms.clamp_swiglu``; y is rounded to its dtype before the quantisation.
          ``precise``: fp32 from the load to the one store or to the codes. ``via`` as
-         ``atoms.block_scale``; on CUDA both give a product with fp32(1/448), as eager does.
+         ``atoms.block_scale``; on CUDA both give a product with fp32(1/448), as eager does. ``by``:
+         the codes are y / s ("div"), or y times the rounded reciprocal of s ("mul").
 NaN      propagates as through torch.clamp; a NaN makes its group's scale and codes NaN.
 Source   ATOM PR #704, item 2 (clamp, SwiGLU, routing weight and group quant in one launch).
 """
@@ -84,7 +85,7 @@ def clamp_swiglu_kernel(
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
     HAS_LIMIT: tl.constexpr, HAS_W: tl.constexpr, STEPS: tl.constexpr, ROUND: tl.constexpr,
     SILU: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-    VIA_MUL: tl.constexpr,
+    VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS tokens × BLOCK columns. Column blocks are neighbours in the grid."""
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
@@ -110,7 +111,8 @@ def clamp_swiglu_kernel(
     else:
         blocks = tl.reshape(y, (ROWS, BLOCK // GROUP, GROUP))
         scale = block_scale(abs_max(blocks, 2), FLOOR, SCALE != 0, VIA_MUL)
-        codes = divide(blocks, scale[:, :, None], SCALE != 0, FLOOR < 1e-30).to(tl.float8e4nv)
+        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30)
+        codes = codes.to(tl.float8e4nv)
         tl.store(out, tl.reshape(codes, (ROWS, BLOCK)), mask=mask)
         scale = tl.where((row < tokens)[:, None], scale, 0.0)
         group = start // GROUP + tl.arange(0, BLOCK // GROUP)
@@ -172,7 +174,8 @@ def finish_scales(buffer: Tensor, tokens: int, scale: str, col_major: bool) -> T
 def _launch(
     gate: Tensor, up: Tensor, weight: Tensor | None, out: Tensor, scales: Tensor, *,
     limit: float | None, rounding: str, precise: bool, dtype: torch.dtype, group: int = 0,
-    floor: float = 0.0, scale: str = "fp32", via: str = "div", col_major: bool = False,
+    floor: float = 0.0, scale: str = "fp32", via: str = "div", by: str = "div",
+    col_major: bool = False,
 ) -> None:  # fmt: skip
     tokens, columns = gate.shape
     common.require_static(columns=columns)
@@ -191,7 +194,7 @@ def _launch(
         STEPS=rounding == "silu" and not precise, ROUND=not precise and dtype == gate.dtype,
         SILU=0 if precise else 1 if gate.dtype == torch.float32 else 2,
         GROUP=group, FLOOR=floor, SCALE=common.SCALES[scale], VIA_MUL=via == "mul",
-        num_warps=config.warps,
+        BY_MUL=by == "mul", num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -219,12 +222,12 @@ def reference(
 def reference_quant(
     gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str,
     precise: bool = False, group: int = 128, floor: float = 1e-10, scale: str = "fp32",
-    via: str = "div", col_major: bool = False,
+    via: str = "div", by: str = "div", col_major: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``clamp_swiglu_quant`` in plain PyTorch."""
     y = _reference_product(gate, up, weight, limit, rounding, precise)
     kind = "fp32" if scale == "fp32" else "pow2"
-    codes, s = atoms.group_quant(y, group=group, floor=floor, scale=kind, via=via)
+    codes, s = atoms.group_quant(y, group=group, floor=floor, scale=kind, via=via, by=by)
     s = s.to(torch.float8_e8m0fnu).view(torch.uint8) if scale == "e8m0" else s
     buffer = allocate_scales(codes, group, scale, col_major).zero_()
     (buffer.t().narrow(0, 0, codes.shape[0]) if col_major else buffer).copy_(s)
@@ -257,12 +260,12 @@ def _(gate, up, weight, *, limit, rounding, precise=False):
 def clamp_swiglu_quant(
     gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str,
     precise: bool = False, group: int = 128, floor: float = 1e-10, scale: str = "fp32",
-    via: str = "div", col_major: bool = False,
+    via: str = "div", by: str = "div", col_major: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Clamped SwiGLU as fp8 codes and scales: see the module's docstring."""
     _check(gate, up, weight, rounding, group)
     kw = dict(limit=limit, rounding=rounding, precise=precise, group=group, floor=floor,
-              scale=scale, via=via, col_major=col_major)  # fmt: skip
+              scale=scale, via=via, by=by, col_major=col_major)  # fmt: skip
     if common.use_reference(gate):
         return reference_quant(gate, up, weight, **kw)
     codes = gate.new_empty(gate.shape, dtype=common.FP8)

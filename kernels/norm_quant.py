@@ -13,7 +13,8 @@ Strides  rows of x and kv any, their last axis and the weights dense. Outputs ar
          of a dense ``[N/group, align4(T)]`` whose pad rows are zero (e8m0: byte 0).
 Rounding norm and kv_norm: a ``rounding`` of ``atoms.rms_norm``; what is quantised is the rounded
          value. ``precise``: fp32 from the load to the codes and to the one store of normed.
-         ``via`` as ``atoms.block_scale``; on CUDA both give a product with fp32(1/448).
+         ``via`` as ``atoms.block_scale``; on CUDA both give a product with fp32(1/448). ``by``:
+         the codes are y / s ("div"), or y times the rounded reciprocal of s ("mul").
 NaN      spoils its row, as it does in eager.
 Source   ATOM PR #704, item 3 (q and kv latent norms and q's group quant in one launch).
 """
@@ -56,7 +57,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 def _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg,
            START: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
            KEEP: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-           VIA_MUL: tl.constexpr):
+           VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr):
     """Normed columns START.. of rows: kept, or as codes and scales, or both."""
     col = START + tl.arange(0, WIDTH)
     t = row.to(tl.int64)
@@ -69,7 +70,8 @@ def _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg,
     if GROUP > 0:
         blocks = tl.reshape(y, (ROWS, WIDTH // GROUP, GROUP))
         scale = block_scale(abs_max(blocks, 2), FLOOR, SCALE != 0, VIA_MUL)
-        codes = divide(blocks, scale[:, :, None], SCALE != 0, FLOOR < 1e-30).to(tl.float8e4nv)
+        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30)
+        codes = codes.to(tl.float8e4nv)
         tl.store(code_ptr + at, tl.reshape(codes, (ROWS, WIDTH)), mask=mask)
         scale = tl.where(live[:, None], scale, 0.0)
         g = START // GROUP + tl.arange(0, WIDTH // GROUP)
@@ -86,7 +88,7 @@ def _rows(x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, row, tokens, padded, x_st,
           OD: tl.constexpr, N: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
           ROWS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, HAS_W: tl.constexpr,
           PRECISE: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr,
-          SCALE: tl.constexpr, VIA_MUL: tl.constexpr):
+          SCALE: tl.constexpr, VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr):
     """Whole rows, held as up to three pieces of a power of two each: A + B + C ≥ N columns."""
     live = row < tokens
     stored = row < padded
@@ -111,15 +113,15 @@ def _rows(x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, row, tokens, padded, x_st,
     rstd = reciprocal_rms(total, N, NORM, EPS, PRECISE, XD)
     y = scaled(a, rstd, wa, HAS_W, NORM, PRECISE, XD, OD)
     _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, 0, A, N, ROWS, KEEP,
-           GROUP, FLOOR, SCALE, VIA_MUL)
+           GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
     if B > 0:
         y = scaled(b, rstd, wb, HAS_W, NORM, PRECISE, XD, OD)
         _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, A, B, N, ROWS,
-               KEEP, GROUP, FLOOR, SCALE, VIA_MUL)
+               KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
     if C > 0:
         y = scaled(c, rstd, wc, HAS_W, NORM, PRECISE, XD, OD)
         _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, A + B, C, N,
-               ROWS, KEEP, GROUP, FLOOR, SCALE, VIA_MUL)
+               ROWS, KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
 
 
 @triton.jit(do_not_specialize=("tokens", "padded", "s_sg", "q_programs"))
@@ -129,9 +131,9 @@ def norm_quant_kernel(
     N: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, HAS_W: tl.constexpr,
     KEEP: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-    VIA_MUL: tl.constexpr, M: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    KC: tl.constexpr, KV_ROWS: tl.constexpr, KV_NORM: tl.constexpr, KV_EPS: tl.constexpr,
-    KV_W: tl.constexpr, PRECISE: tl.constexpr,
+    VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr, M: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, KC: tl.constexpr, KV_ROWS: tl.constexpr,
+    KV_NORM: tl.constexpr, KV_EPS: tl.constexpr, KV_W: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Programs below q_programs take ROWS rows of x each, the rest KV_ROWS rows of kv."""
     pid = tl.program_id(0)
@@ -139,13 +141,13 @@ def norm_quant_kernel(
         row = pid * ROWS + tl.arange(0, ROWS)
         _rows(x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, row, tokens, padded, x_st, s_st, s_sg,
               out_ptr.dtype.element_ty, N, A, B, C, ROWS, NORM, EPS, HAS_W, PRECISE, KEEP, GROUP,
-              FLOOR, SCALE, VIA_MUL)
+              FLOOR, SCALE, VIA_MUL, BY_MUL)
     if M > 0:
         if pid >= q_programs:
             row = (pid - q_programs) * KV_ROWS + tl.arange(0, KV_ROWS)
             _rows(kv_ptr, kv_w_ptr, kv_out_ptr, kv_out_ptr, kv_out_ptr, row, tokens, tokens,
                   kv_st, 0, 0, kv_out_ptr.dtype.element_ty, M, KA, KB, KC, KV_ROWS, KV_NORM,
-                  KV_EPS, KV_W, PRECISE, True, 0, 0.0, 0, False)
+                  KV_EPS, KV_W, PRECISE, True, 0, 0.0, 0, False, False)
 
 
 def _check(
@@ -200,7 +202,8 @@ def row_config(tokens: int | torch.SymInt, width: int) -> Config:
 def _launch(
     x: Tensor, weight: Tensor | None, kv: Tensor | None, kv_weight: Tensor | None,
     outs: tuple[Tensor, ...], *, eps: float, norm: str, kv_eps: float, kv_norm: str,
-    precise: bool, group: int, floor: float, scale: str, via: str, col_major: bool, keep: bool,
+    precise: bool, group: int, floor: float, scale: str, via: str, by: str,
+    col_major: bool, keep: bool,
 ) -> None:  # fmt: skip
     (tokens, width), m = x.shape, 0 if kv is None else kv.shape[-1]
     common.require_static(lanes=width, kv_lanes=m)
@@ -219,8 +222,9 @@ def _launch(
         0 if kv is None else kv.stride(0), s_st, s_sg,
         N=width, A=parts[0], B=parts[1], C=parts[2], ROWS=config.rows, NORM=common.NORMS[norm],
         EPS=eps, HAS_W=weight is not None, KEEP=keep, GROUP=group, FLOOR=floor,
-        SCALE=common.SCALES[scale], VIA_MUL=via == "mul", M=m, KA=kv_parts[0], KB=kv_parts[1],
-        KC=kv_parts[2], KV_ROWS=kv_rows, KV_NORM=common.NORMS[kv_norm], KV_EPS=kv_eps,
+        SCALE=common.SCALES[scale], VIA_MUL=via == "mul", BY_MUL=by == "mul", M=m,
+        KA=kv_parts[0], KB=kv_parts[1], KC=kv_parts[2], KV_ROWS=kv_rows,
+        KV_NORM=common.NORMS[kv_norm], KV_EPS=kv_eps,
         KV_W=kv_weight is not None, PRECISE=precise, num_warps=config.warps,
     )  # fmt: skip
 
@@ -237,7 +241,7 @@ def _reference_norm(
 def reference(
     x: Tensor, weight: Tensor | None, kv: Tensor | None, kv_weight: Tensor | None, *, eps: float,
     norm: str, kv_eps: float = 0.0, kv_norm: str = "once", precise: bool = False,
-    group: int = 128, floor: float = 1e-10, scale: str = "fp32", via: str = "div",
+    group: int = 128, floor: float = 1e-10, scale: str = "fp32", via: str = "div", by: str = "div",
     col_major: bool = False, keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op in plain PyTorch, composed of atoms."""
@@ -245,7 +249,7 @@ def reference(
     codes, buffer, normed, kv_out = outs
     y = _reference_norm(x, weight, eps, norm, precise)
     kind = "fp32" if scale == "fp32" else "pow2"
-    found, s = atoms.group_quant(y, group=group, floor=floor, scale=kind, via=via)
+    found, s = atoms.group_quant(y, group=group, floor=floor, scale=kind, via=via, by=by)
     codes.copy_(found)
     s = s.to(torch.float8_e8m0fnu).view(torch.uint8) if scale == "e8m0" else s
     buffer.zero_()
@@ -261,13 +265,13 @@ def reference(
 def norm_quant(
     x: Tensor, weight: Tensor | None, kv: Tensor | None, kv_weight: Tensor | None, *, eps: float,
     norm: str, kv_eps: float = 0.0, kv_norm: str = "once", precise: bool = False,
-    group: int = 128, floor: float = 1e-10, scale: str = "fp32", via: str = "div",
+    group: int = 128, floor: float = 1e-10, scale: str = "fp32", via: str = "div", by: str = "div",
     col_major: bool = False, keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(codes, scales, normed, kv_out): see the module's docstring."""
     _check(x, weight, kv, kv_weight, group, scale)
     kw = dict(eps=eps, norm=norm, kv_eps=kv_eps, kv_norm=kv_norm, precise=precise, group=group,
-              floor=floor, scale=scale, via=via, col_major=col_major, keep=keep)  # fmt: skip
+              floor=floor, scale=scale, via=via, by=by, col_major=col_major, keep=keep)  # fmt: skip
     if common.use_reference(x):
         return reference(x, weight, kv, kv_weight, **kw)
     outs = allocate(x, weight, kv, kv_weight, norm, kv_norm, group, scale, col_major, keep)

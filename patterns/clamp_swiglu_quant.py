@@ -53,7 +53,6 @@ def _candidate(hit: Hit, quant: Quantised | None, numerics: str) -> Candidate:
         outputs,
         variant="quant" if quant else "plain",
         tokens=math.prod(hit.node.meta["val"].shape[:-1]),
-        unsupported=quant.unsupported if quant else None,
         loose=hit.env.loose | (quant.loose if quant else frozenset()),
         detail={"parts": " → ".join(s for s in steps if s)},
     )
@@ -72,7 +71,9 @@ def _call(
     }
     if quant is None:
         return (torch.ops.dsv4fuse.clamp_swiglu(*flat, **arguments).view(*lead, width),)
-    codes, scales = torch.ops.dsv4fuse.clamp_swiglu_quant(*flat, **arguments, **quant.arguments)
+    codes, scales = torch.ops.dsv4fuse.clamp_swiglu_quant(
+        *flat, **arguments, **quant.arguments, by=quant.by
+    )
     return quant.shaped(codes, scales, [*lead, width])
 
 

@@ -111,7 +111,6 @@ def _candidate(site: Site, numerics: str) -> Candidate:
         site.outputs,
         variant="two norms" if site.kv else "quant",
         tokens=math.prod(site.norm.node.meta["val"].shape[:-1]),
-        unsupported=site.quant.unsupported,
         loose=site.quant.loose.union(*(h.env.loose for h in site.norms.values())),
         detail={"parts": steps},
     )
@@ -139,6 +138,7 @@ def _call(
         precise=numerics == "precise",
         keep=site.keep,
         **site.quant.arguments,
+        by=site.quant.by,
     )
     outs = site.quant.shaped(codes, scales, [*lead, codes.shape[-1]])
     kept = (normed.view(*lead, -1),) if site.keep else ()

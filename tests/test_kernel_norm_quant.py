@@ -29,6 +29,7 @@ def quantised_exactly(got, kw) -> None:
     codes, scales, normed, _ = got
     kind = "fp32" if kw["scale"] == "fp32" else "pow2"
     quant = dict(group=kw["group"], floor=kw.get("floor", 1e-10), via=kw.get("via", "div"))
+    quant["by"] = kw.get("by", "div")
     want, s = atoms.group_quant(normed, scale=kind, **quant)
     same(codes, want)
     if kw["scale"] == "e8m0":
@@ -61,6 +62,15 @@ def test_codes_and_scales(tokens, width, group, col_major, scale):
     quantised_exactly(got, kw)
     normed_closely(got[2], nq.reference(x, w, None, None, **kw)[2])
     assert got[3].shape == (0,)
+
+
+def test_codes_by_the_reciprocal():
+    """Enough values that some of them round the other way than a quotient's."""
+    x = rand(64, 1024, scale=3.0)
+    got, kw = call(x, None, by="mul", group=128, scale="fp32")
+    quantised_exactly(got, kw)
+    other, _ = atoms.group_quant(got[2], group=128, floor=1e-10, scale="fp32")
+    assert not torch.equal(got[0].float(), other.float())
 
 
 @pytest.mark.parametrize("tokens", [4, 127, 128, 129] + ([1000, 1500, 8192] if GPU else []))

@@ -88,6 +88,18 @@ def test_clamp_swiglu_quant(tokens, columns, group, scale, col_major):
         check_padding(scales, aligned, columns // group)
 
 
+def test_codes_by_the_reciprocal():
+    """Enough values that some of them round the other way than a quotient's."""
+    gate, up = packed(64, 1024, "chunk")
+    kw, quant = dict(limit=10.0, rounding="silu"), dict(group=128, floor=1e-10, scale="fp32")
+    codes, scales = swiglu.clamp_swiglu_quant(gate, up, None, by="mul", **kw, **quant)
+    y = swiglu.clamp_swiglu(gate, up, None, **kw)
+    want, s = atoms.group_quant(y, by="mul", **quant)
+    same(codes, want)
+    assert torch.equal(scales, s)
+    assert not torch.equal(codes.float(), atoms.group_quant(y, **quant)[0].float())
+
+
 def check_padding(scales: Tensor, aligned: int, groups: int) -> None:
     """The rows behind the view exist and are zero."""
     raw = scales.view(torch.uint8) if scales.element_size() == 1 else scales

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from dsv4fuse.kernels import _common
 from torch._inductor.virtualized import V
 

@@ -243,7 +243,8 @@ KNOWN_MISSES: dict[str, Case] = {
     ),
 }
 for _name, (_pieces, _why) in _quants.MISSES.items():
-    KNOWN_MISSES[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",), why=_why)
+    _found = SPELLINGS if _name == "reciprocal" else KNOWN_MISSES
+    _found[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",), why=_why)
 for _name, _why in (CLAMP_MISSES | NARROW_MISSES).items():
     KNOWN_MISSES[f"clamp: {_name}, narrow"] = _case(
         _with(clamp=CLAMP[_name], wide=False), why=_why

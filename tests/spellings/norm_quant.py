@@ -234,5 +234,5 @@ KNOWN_MISSES: dict[str, Case] = {
     f"norm: {name}": _case(_normed(norm), why=why, exact=False)
     for name, (norm, why) in _norms.MISSES.items()
 }
-_pieces, _why = _quants.MISSES["reciprocal"]
-KNOWN_MISSES["quant: reciprocal"] = _case(_normed(NORM, **_pieces), why=_why)
+_pieces, _ = _quants.MISSES["reciprocal"]
+SPELLINGS["quant: reciprocal"] = _case(_normed(NORM, **_pieces))
