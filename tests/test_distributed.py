@@ -21,7 +21,7 @@ from dsv4fuse import backend
 from examples.deepseek_v4 import PRESETS, Transformer, randomize
 from examples.deepseek_v4.parallel import parallelize
 
-from .test_models import expected
+from .test_models import expected, expected_apart
 
 NEAR = 1e-5  # of the largest logit, in fp32: the ranks' parts are summed in another order
 
@@ -122,10 +122,10 @@ def test_fsdp_and_pipeline_stages(checkout, tmp_path, way):
         assert len(errors) == (2 if (way, rank) != ("pipeline", 0) else 0)
         assert max(errors, default=0) < NEAR
         kinds = [("window",), ("csa",)][rank] if way == "pipeline" else ("window", "csa")
-        wanted = Counter(expected(kinds, torch.float32)) + Counter(expected(kinds, torch.float32))
-        if way == "blocks" or (way, rank) == ("pipeline", 0):
-            del wanted["hyper_head"]  # it was not compiled, or lies on the other rank
-        assert found["taken"] == dict(wanted)
+        wanted = Counter(expected_apart(kinds, torch.float32))
+        if way == "whole" or (way, rank) == ("pipeline", 1):
+            wanted["hyper_head"] = 1  # else it was not compiled, or lies on the other rank
+        assert found["taken"] == {name: 2 * n for name, n in wanted.items()}
 
 
 @pytest.mark.long

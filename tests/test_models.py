@@ -64,6 +64,12 @@ def expected(kinds, dtype, decode=False):
     }
 
 
+def expected_apart(kinds, dtype, decode=False):
+    """Sites in layers that are a graph each: nothing is fused across two of them, no head."""
+    counts = sum((Counter(expected([kind], dtype, decode)) for kind in kinds), Counter())
+    return {name: n for name, n in counts.items() if n and name != "hyper_head"}
+
+
 def fused(fn, kinds, dtype, decode=False, **options):
     counts = expected(kinds, dtype, decode)
     counts |= {name: options.pop(name) for name in list(options) if name in counts}
