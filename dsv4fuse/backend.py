@@ -64,13 +64,15 @@ class FusionPass(CustomGraphPass):
 
 
 def parse(options: OptionsLike) -> Options:
+    """Options as given, their names of fusions checked too. Raises OptionError."""
     return Options.parse(options, registry())
 
 
 def inductor_pass(options: OptionsLike = None) -> FusionPass:
     """The pass for one's own ``config_patches={"joint_custom_pre_pass": ...}``.
 
-    It runs after the pass configured there now, if any. ``.report`` says what it did.
+    It runs after the pass configured there now, if any. ``.report`` says what it did, and stays
+    empty where Inductor's cache was warm. Raises OptionError for an unknown or ill-typed option.
     """
     return FusionPass(parse(options), compat.configured_passes())
 
@@ -216,8 +218,9 @@ def fuse(target: Any = None, /, **options: Any) -> Any:
 
     ``@fuse`` and ``@fuse(select="always")`` on an ``nn.Module`` class compile each instance made
     from it; on an instance or a function, ``fuse(m)`` returns the compiled thing and leaves ``m``
-    as it was. ``dynamic``, ``fullgraph`` and ``mode`` go to torch.compile, the rest are the
-    backend's options. ``Report.of(m)`` is the report once it has run.
+    as it was. ``dynamic`` and ``fullgraph`` go to torch.compile, the rest are the backend's
+    options. ``Report.of(m)`` is the report once it has run. Raises OptionError for an option that
+    is unknown or ill-typed, TypeError for a target that is none of these.
     """
     if target is None:
         return lambda wanted: fuse(wanted, **options)
@@ -257,8 +260,10 @@ def explain(
     """What would be fused in ``model(*args, **kwargs)``, what not, and why; graph breaks too.
 
     Compiles from scratch with ``inner="eager"`` (unless ``options`` say otherwise) and runs the
-    model once, without gradients. Raises FusionError (with the report) where ``expect`` or
-    ``strict`` is not met.
+    model once, without gradients, on the shapes, dtypes and devices of the arguments; what the
+    model itself writes (its caches) is written. The model stays as it was otherwise. Raises
+    OptionError for an unknown or ill-typed option, and FusionError, with the report, where
+    ``expect`` or ``strict`` is not met.
     """
     parsed = parse(options)
     if not isinstance(options, Options) and "inner" not in (options or {}):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import pathlib
 import re
@@ -10,6 +12,7 @@ import re
 import pytest
 import typer
 
+import dsv4fuse
 from dsv4fuse import bench, catalog, plot
 from dsv4fuse.__main__ import app
 from dsv4fuse.fusion import registry
@@ -192,3 +195,22 @@ def test_sites_are_current(sandbox):
     before = json.loads(file.read_text())["models"]
     sandbox.shell("python -m examples.sites")
     assert json.loads(file.read_text())["models"] == before
+
+
+# Docstrings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_every_kernel_says_what_it_takes(path):
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for word in ("Math", "Shapes", "Dtypes", "Source"):
+        assert f"\n{word}" in doc, word
+
+
+@pytest.mark.parametrize("name", [n for n in dsv4fuse.__all__ if n not in ("__version__", "ops")])
+def test_every_public_name_has_a_docstring(name):
+    value = getattr(dsv4fuse, name)
+    assert inspect.getdoc(value)
+    if isinstance(value, type):
+        own = {n: v for n, v in vars(value).items() if not n.startswith("_") and callable(v)}
+        assert all(inspect.getdoc(v) for v in own.values()), own
