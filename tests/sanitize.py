@@ -13,7 +13,7 @@ import torch
 from dsv4fuse import backend, ops
 from dsv4fuse.fusion import Sizes, registry
 
-from .test_kernels import OPS, _samples
+from . import _calls
 
 LENGTHS = (1, 3, 129)
 # No multiples of a program's rows; lanes as in the models, which kernels are compiled for.
@@ -25,8 +25,7 @@ def calls(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of each op and of each variant of each fusion, at each number of tokens."""
     for length in lengths:
-        for name in OPS:
-            args, kwargs = _samples(device, length)[name]
+        for name, (args, kwargs) in _calls.calls(device, length).items():
             yield f"{name} of {length}", lambda n=name, a=args, k=kwargs: getattr(ops, n)(*a, **k)
         for fusion in registry().values():
             for variant, example in fusion.examples.items():

@@ -9,6 +9,7 @@ from dsv4fuse.kernels import norm_rope_cache as rows
 from dsv4fuse import atoms
 
 from ._kernels import DEVICE, FP32, MARKS, poisoned, rand, same, tables, ulps
+from .test_kernel_norm_rope import NORMS
 
 pytestmark = MARKS
 
@@ -107,3 +108,18 @@ def test_cache_fake_quant(scale, via, weight):
     same(got, torch.cat((fake, plain[..., 448:]), -1))
     same(cache[3:], got[0])
     assert (cache[:3] == 777).all()
+
+
+def calls(small):
+    q, *rest = small.q, small.kv, small.cos, small.sin, None, small.w
+    packed = torch.zeros(30, 4 * 196, device=small.device, dtype=torch.uint8)
+    return {
+        "norm_rope_cache": (
+            (q, *rest, small(3000, 128), small.slot, None),
+            dict(NORMS, wrap=False, keep_kv=False, quant_group=32),
+        ),
+        "norm_rope_cache_fp8": (
+            (q.expand(3, -1, -1, -1, -1), *rest, packed, small.slot),
+            dict(NORMS, page_size=4, group=32, keep_kv=True),
+        ),
+    }

@@ -267,3 +267,20 @@ def test_the_plans_are_what_is_launched():
     given = strided(1, 2, (4, 4, 64))
     with pytest.raises(ValueError, match="does not have 4 rows for each entry"):
         compress.compress_kv(*replace(given, kv=given.kv[:, :1]).all(), **BASE, shifted=True)
+
+
+def calls(small):
+    windows, ring, cache = small(2, small.length, 4, 128), small(2, 9, 128), small(2, 3000, 128)
+    how = dict(pool_rounding="once", pool_dtype=torch.bfloat16, eps=1e-6, norm="once",
+               rope_rounding="once")  # fmt: skip
+    cos, sin, slot = small.cos, small.sin, small.slot
+    return {
+        "compress_kv": (
+            (windows, windows, windows, windows, None, None, small.w, cos, sin, None, None),
+            dict(how, shifted=True),
+        ),
+        "compress_kv_cache": (
+            (ring, ring.float(), *[None] * 5, cos, sin, slot, None, cache, slot + 2, None),
+            dict(how, width=4, ring=8, keep=True, quant_group=32, spare=True),
+        ),
+    }

@@ -222,3 +222,15 @@ def test_single_groups_as_the_batch(tokens):
     by = partial(fp8.inv_rope_grouped_fp8, o, cos, sin, w, ws, rope_rounding="once")
     a, b = by(strategy="groups").double(), by(strategy="batched").double()
     assert ((a - b).abs() <= 2 * torch.finfo(BF16).eps * b.abs().amax(-1, keepdim=True)).all()
+
+
+def calls(small):
+    w, codes = small(2, 64, 128), small(2, 64, 128).to(torch.float8_e4m3fn)
+    blocks = torch.rand(2, 1, 4, device=small.device)
+    o, once = (small.q, small.cos, small.sin), dict(rope_rounding="once")
+    return {
+        "inv_rope_grouped_bmm": ((*o, w), dict(once, out_dtype=FP32, token_major=False)),
+        "inv_rope_grouped_bmm_": ((*o, w), once),
+        "inv_rope_grouped_fp8": ((*o, codes, blocks), once),
+        "grouped_bmm": ((small(small.length, 2, 128), w), {}),
+    }

@@ -113,3 +113,9 @@ def test_misuse_is_explained():
         joined((out.float(), x, *rest), "once")
     with pytest.raises(ValueError, match="4 streams"):
         joined((out, x[:, :3], *rest), "once")
+
+
+def calls(small):
+    how = dict(norm_eps=1e-6, eps=1e-6, iters=2, rounding="every", y_eps=1e-6, norm="once")
+    args = (*small.expansion, *small.mixing[1:], None)
+    return {"hyper_connection_post_pre_norm": (args, how)}

@@ -97,3 +97,7 @@ def test_misuse_is_explained():
             post.hyper_connection_post(*args, rounding="every")
     close(*(post.hyper_connection_post(out, x, p, c, rounding="once") for _ in "ab"),
           worst=0, fraction=0)  # fmt: skip
+
+
+def calls(small):
+    return {"hyper_connection_post": (small.expansion, dict(rounding="every"))}

@@ -140,3 +140,15 @@ def test_head(tokens, width):
     mixes = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS) @ fn.T
     gates = torch.sigmoid(mixes * scale + base) + EPS
     near(y, (gates.unsqueeze(-1) * x).sum(-2), ONE[BF16])
+
+
+def calls(small):
+    streams, fn, scale, base = small.mixing
+    eps = dict(norm_eps=1e-6, eps=1e-6)
+    return {
+        "hyper_connection_pre": (small.mixing, dict(eps, iters=2)),
+        "hyper_connection_pre_norm": (
+            (*small.mixing, small.fp32(64)), dict(eps, iters=2, y_eps=1e-6, rounding="once"),
+        ),
+        "hyper_head": ((streams, fn[:4], scale[:1], base[:4]), eps),
+    }  # fmt: skip

@@ -107,6 +107,9 @@ def test_as_near_to_fp64_as_eager(dtype, precise):
     assert ours <= theirs + 1
 
 
+RANGES = ("causal", "window", "from the end", "anything", "none", "shared")
+
+
 def ranges(batch: int, tokens: int, keys: int) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     t = torch.arange(tokens, device=DEVICE).expand(batch, tokens)
     some = torch.randint(-3, keys + 9, (2, batch, tokens), device=DEVICE)
@@ -120,7 +123,7 @@ def ranges(batch: int, tokens: int, keys: int) -> dict[str, tuple[Tensor | None,
     }
 
 
-@pytest.mark.parametrize("which", list(ranges(1, 1, 1)))
+@pytest.mark.parametrize("which", RANGES)
 def test_ranges(launch, which):
     """Outside: −inf, or what was there before. A NaN key outside is no matter."""
     q, k, w = made(2, 11, 70)
@@ -211,3 +214,9 @@ def test_offsets_past_2_31():
     q, k, w = made(1, tokens, keys, 2, 16)
     got = m.indexer_logits(q, k, w)[:, -3:]
     assert torch.equal(got.double(), exact(q[:, -3:], k, w[:, -3:]))
+
+
+def calls(small):
+    ends = torch.arange(2 * small.length, device=small.device).view(2, small.length) % 6
+    args = small.q, small(2, 5, 128), small.fp32(2, small.length, 2), None, None, ends
+    return {"indexer_logits": (args, dict(scale=0.3))}

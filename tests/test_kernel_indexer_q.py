@@ -124,3 +124,11 @@ def test_what_it_does_not_take(change, sentence):
     x, (cos, sin) = rand(1, 2, 3, change.pop("d", 64)), tables(1, 2, 16)
     with pytest.raises(ValueError, match=sentence):
         m.indexer_q(x, cos, sin, rope_rounding="once", **change)
+
+
+def calls(small):
+    args = small.q, small.cos, small.sin
+    return {
+        "indexer_q": ((*args, small(128, 128)), dict(rope_rounding="once", group=32)),
+        "indexer_q_quant": (args, dict(rope_rounding="once", group=64)),
+    }

@@ -130,3 +130,11 @@ def test_offsets_past_2_31():
     want, _ = inv.reference_quant(o[:, -3:], cos[:, -3:], sin[:, -3:], groups=8,
                                   rope_rounding="once")  # fmt: skip
     same(codes[-3:], want)
+
+
+def calls(small):
+    args = small.q, small.cos, small.sin
+    return {
+        "inv_rope": (args, dict(rope_rounding="every", heads_first=True)),
+        "inv_rope_quant": (args, dict(groups=2, rope_rounding="once", col_major=True)),
+    }

@@ -119,3 +119,9 @@ def test_misuse_is_explained():
     ):
         with pytest.raises(ValueError, match=sentence):
             mtp.mtp_norms(*args, **arguments() | more)
+
+
+def calls(small):
+    e, streams = small(small.length, 64), small.mixing[0]
+    how = dict(e_eps=1e-6, e_norm="weight", h_eps=1e-6, h_norm="once", hidden="eq")
+    return {"mtp_norms": ((e, small(64), small.ids, streams, small(64).float()), how)}

@@ -208,3 +208,9 @@ MISUSE = [
 def test_misuse_is_explained(kw, sentence):
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         call(torch.zeros(2, 96, device=DEVICE, dtype=BF16), **dict(group=32, scale="fp32") | kw)
+
+
+def calls(small):
+    how = dict(eps=1e-6, norm="weight", group=32, scale="pow2", col_major=True, keep=True)
+    args = small(small.length, 128), small.w, small(small.length, 64), None
+    return {"norm_quant": (args, how)}

@@ -151,3 +151,11 @@ def test_norm_rope_special_values(value):
         if norm == "none":
             same(got, want)
         assert torch.equal(got.isnan(), want.isnan())
+
+
+NORMS = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="rstd", kv_norm="weight", rope_rounding="once")
+
+
+def calls(small):
+    args = small.q, small.kv, small.cos, small.sin, None, small.w
+    return {"norm_rope": (args, dict(NORMS, q_heads_first=True))}

@@ -225,3 +225,13 @@ def test_blocks_hold_a_row(experts, blocks):
 def test_misuse_is_explained(more, says):
     with pytest.raises((ValueError, RuntimeError), match=says):
         router.moe_router(rand(2, 32), None, **arguments(**more))
+
+
+def calls(small):
+    wide = dict.fromkeys(("scores", "sums", "out"), torch.float32)
+    how = dict(wide, func="sqrt_softplus", eps=1e-20, scale=1.5)
+    logits, table = small(small.length, 96), torch.arange(300, device=small.device).view(50, 6) % 96
+    return {
+        "moe_router": ((logits, small.fp32(96)), dict(how, top_k=6)),
+        "moe_router_hash": ((logits, table, small.ids % 50), how),
+    }

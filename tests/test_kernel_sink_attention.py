@@ -227,3 +227,18 @@ def test_messages(change, sentence):
         torch.ops.dsv4fuse.sink_attention(
             q, kv, torch.zeros(1, 1, 8, device=DEVICE), rand(4), scale=1.0, **change
         )
+
+
+def calls(small):
+    q, kv, n, even = small.q, small.kv, small.length, small.even
+    index = torch.arange(8, device=small.device).view(2, 1, 4)
+    return {
+        "sink_attention": (
+            (q, kv.unsqueeze(1), small(2, n, n) * even, small(2) * even),
+            dict(scale=0.1 * even, rounded="psm", heads_first=True),
+        ),
+        "sparse_sink_attention": (
+            (q, kv, small(2, 9, 128), index, None, small(2, 1, n + 4) * even, small(2) * even),
+            dict(scale=0.1 * even, wide=False),
+        ),
+    }

@@ -156,3 +156,12 @@ def test_silu_of_every_16_bit_value(dtype):
         assert torch.equal(got.isnan(), want.isnan())
         near = ulps(got, want)[want.float().abs() > 1e-30]
         assert near.max() <= 1
+
+
+def calls(small):
+    gate, up = small(small.length, 128), small(small.length, 128)
+    how = dict(limit=10.0, rounding="silu")
+    return {
+        "clamp_swiglu": ((gate, up, small.fp32(small.length, 1)), how),
+        "clamp_swiglu_quant": ((gate, up, None), dict(how, group=64, col_major=True)),
+    }

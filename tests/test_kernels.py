@@ -7,18 +7,8 @@ import torch
 from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from dsv4fuse.kernels import compress_kv as compress
-from dsv4fuse.kernels import (
-    hyper_connection_post,
-    hyper_connection_post_pre_norm,
-    hyper_connection_pre,
-    hyper_head,
-    indexer_q,
-    mtp_norms,
-    norm_quant,
-    sink_attention,
-    sparse_sink_attention,
-)
 from dsv4fuse.kernels import indexer_logits as indexer
+from dsv4fuse.kernels import indexer_q, norm_quant
 from dsv4fuse.kernels import inv_rope_grouped_bmm as grouped
 from dsv4fuse.kernels import inv_rope_quant as inv
 from dsv4fuse.kernels import moe_router as router
@@ -26,121 +16,16 @@ from dsv4fuse.kernels import norm_rope_cache as rows
 
 from dsv4fuse.fusion import register_ops
 
-assert sink_attention and sparse_sink_attention  # importing them registers the ops
+from ._calls import calls
 
-assert hyper_connection_post and hyper_connection_pre and hyper_head  # they register their ops
-assert hyper_connection_post_pre_norm and mtp_norms
-
-
-def _samples(device: str, length: int = 3) -> dict[str, tuple]:
-    """Per op: positional and keyword arguments of a small call; ``length`` is its token axis."""
-    make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    q, kv, w = make(2, length, 2, 128), make(2, length, 128), make(128)
-    cos, sin = (torch.randn(2, length, 32, device=device) for _ in range(2))
-    norm = dict(q_eps=1e-6, kv_eps=1e-6, q_norm="rstd", kv_norm="weight", rope_rounding="once")
-    slot = torch.arange(2 * length, device=device).view(2, length) * 2 - length
-    packed = torch.zeros(30, 4 * 196, device=device, dtype=torch.uint8)
-    gate, up = make(length, 128), make(length, 128)
-    clamp = dict(limit=10.0, rounding="silu")
-    wo, codes = make(2, 64, 128), make(2, 64, 128).to(torch.float8_e4m3fn)
-    blocks = torch.rand(2, 1, 4, device=device)
-    streams, fn = make(length, 4, 64), torch.randn(24, 256, device=device)
-    scale, base = torch.ones(3, device=device), torch.randn(24, device=device)
-    pre = dict(norm_eps=1e-6, eps=1e-6)
-    mixed = torch.randn(length, 4, 4, device=device)
-    fp32 = dict.fromkeys(("scores", "sums", "out"), torch.float32)
-    route = dict(fp32, func="sqrt_softplus", eps=1e-20, scale=1.5)
-    table = torch.arange(300, device=device).view(50, 6) % 96
-    ids = torch.arange(length, device=device)
-    windows, ring = make(2, length, 4, 128), make(2, 9, 128)
-    pool = dict(pool_rounding="once", pool_dtype=torch.bfloat16, eps=1e-6, norm="once",
-                rope_rounding="once")  # fmt: skip
-    # Attention weights are rounded before their division, by the reference after it: on a CPU,
-    # where an interpreted kernel meets the reference, they are powers of two (3 + 1, 7 + 1 alike).
-    even = float(device != "cpu")
-    return {
-        "hyper_connection_pre": ((streams, fn, scale, base), dict(pre, iters=2)),
-        "hyper_connection_pre_norm": (
-            (streams, fn, scale, base, torch.randn(64, device=device)),
-            dict(pre, iters=2, y_eps=1e-6, rounding="once"),
-        ),
-        "hyper_connection_post": (
-            (make(length, 64), streams, mixed[..., 0], mixed), dict(rounding="every"),
-        ),
-        "hyper_connection_post_pre_norm": (
-            (make(length, 64), streams, mixed[..., 0], mixed, fn, scale, base, None),
-            dict(pre, iters=2, rounding="every", y_eps=1e-6, norm="once"),
-        ),
-        "mtp_norms": (
-            (make(length, 64), make(64), ids, streams, make(64).float()),
-            dict(e_eps=1e-6, e_norm="weight", h_eps=1e-6, h_norm="once", hidden="eq"),
-        ),
-        "hyper_head": ((streams, fn[:4], scale[:1], base[:4]), pre),
-        "norm_rope": ((q, kv, cos, sin, None, w), dict(norm, q_heads_first=True)),
-        "norm_rope_cache": (
-            (q, kv, cos, sin, None, w, make(3000, 128), slot, None),
-            dict(norm, wrap=False, keep_kv=False, quant_group=32),
-        ),
-        "norm_rope_cache_fp8": (
-            (q.expand(3, -1, -1, -1, -1), kv, cos, sin, None, w, packed, slot),
-            dict(norm, page_size=4, group=32, keep_kv=True),
-        ),
-        "clamp_swiglu": ((gate, up, torch.randn(length, 1, device=device)), clamp),
-        "clamp_swiglu_quant": ((gate, up, None), dict(clamp, group=64, col_major=True)),
-        "norm_quant": (
-            (make(length, 128), w, make(length, 64), None),
-            dict(eps=1e-6, norm="weight", group=32, scale="pow2", col_major=True, keep=True),
-        ),
-        "moe_router": (
-            (make(length, 96), torch.randn(96, device=device)),
-            dict(route, top_k=6),
-        ),
-        "moe_router_hash": ((make(length, 96), table, ids % 50), route),
-        "compress_kv": (
-            (windows, windows, windows, windows, None, None, w, cos, sin, None, None),
-            dict(pool, shifted=True),
-        ),
-        "compress_kv_cache": (
-            (ring, ring.float(), None, None, None, None, None, cos, sin, slot, None,
-             make(2, 3000, 128), slot + 2, None),
-            dict(pool, width=4, ring=8, keep=True, quant_group=32, spare=True),
-        ),
-        "inv_rope": ((q, cos, sin), dict(rope_rounding="every", heads_first=True)),
-        "inv_rope_quant": ((q, cos, sin), dict(groups=2, rope_rounding="once", col_major=True)),
-        "indexer_q": ((q, cos, sin, make(128, 128)), dict(rope_rounding="once", group=32)),
-        "indexer_q_quant": ((q, cos, sin), dict(rope_rounding="once", group=64)),
-        "indexer_logits": (
-            (q, make(2, 5, 128), torch.randn(2, length, 2, device=device), None, None,
-             torch.arange(2 * length, device=device).view(2, length) % 6),
-            dict(scale=0.3),
-        ),
-        "inv_rope_grouped_bmm": (
-            (q, cos, sin, wo),
-            dict(rope_rounding="once", out_dtype=torch.float32, token_major=False),
-        ),
-        "inv_rope_grouped_bmm_": ((q, cos, sin, wo), dict(rope_rounding="once")),
-        "inv_rope_grouped_fp8": ((q, cos, sin, codes, blocks), dict(rope_rounding="once")),
-        "grouped_bmm": ((make(length, 2, 128), wo), {}),
-        "sink_attention": (
-            (q, kv.unsqueeze(1), make(2, length, length) * even, make(2) * even),
-            dict(scale=0.1 * even, rounded="psm", heads_first=True),
-        ),
-        "sparse_sink_attention": (
-            (q, kv, make(2, 9, 128), torch.arange(8, device=device).view(2, 1, 4), None,
-             make(2, 1, length + 4) * even, make(2) * even),
-            dict(scale=0.1 * even, wide=False),
-        ),
-    }
-
-
-OPS = list(_samples("cpu"))
+OPS = list(calls("cpu"))
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ])]  # fmt: skip
 
 
 def test_every_op_is_sampled():
-    """A new op without a call above would miss opcheck, its fake and the sanitizer."""
+    """An op without a call in its kernel's test would miss opcheck, its fake, the sanitizer."""
     register_ops()
     names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dsv4fuse::"))
     found = {n.partition("::")[2].partition(".")[0] for n in names}
@@ -152,7 +37,7 @@ def test_every_op_is_sampled():
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, device):
     torch.manual_seed(0)
-    args, kwargs = _samples(device)[name]
+    args, kwargs = calls(device)[name]
     tests = ["test_autograd_registration", "test_faketensor"]
     if all(t.dtype.itemsize > 1 for t in _tensors(args)):
         tests.append("test_schema")  # compares inputs by a product, which fp8 lacks
@@ -167,17 +52,17 @@ def test_opcheck(name, device):
 def test_compiled_once_for_any_token_count(name):
     """Through Inductor with symbolic tokens: one compilation, the same bytes as eager."""
     op = getattr(torch.ops.dsv4fuse, name)
-    kwargs = _samples("cuda")[name][1]
-    calls = []
+    kwargs = calls("cuda")[name][1]
+    graphs = []
 
     def backend(graph, inputs):
-        calls.append(graph)
+        graphs.append(graph)
         return torch._inductor.compile(graph, inputs)
 
     compiled = torch.compile(lambda *args: op(*args, **kwargs), backend=backend, fullgraph=True)
     for length in (3, 129, 1500):
         torch.manual_seed(length)
-        args = _samples("cuda", length)[name][0]
+        args = calls("cuda", length)[name][0]
         copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         for t in args:
             if isinstance(t, torch.Tensor) and length in t.shape:
@@ -188,7 +73,7 @@ def test_compiled_once_for_any_token_count(name):
             assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
             assert torch.equal(g.float().nan_to_num(), w.float().nan_to_num())
     # torch 2.11 guards on "tokens are a multiple of 4 or not" where scale rows are padded to 4.
-    assert len(calls) <= (2 if kwargs.get("col_major") else 1)
+    assert len(graphs) <= (2 if kwargs.get("col_major") else 1)
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
@@ -199,7 +84,7 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 def test_fake_gives_dtype_shape_and_stride(name):
     """Real and fake agree exactly, for absent inputs and both memory orders as well."""
     op = getattr(torch.ops.dsv4fuse, name)
-    args, kwargs = _samples("cpu")[name]
+    args, kwargs = calls("cpu")[name]
     real = op(*args, **kwargs)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
@@ -275,7 +160,7 @@ def test_traffic_counts_every_byte_once():
 )  # fmt: skip
 def test_misuse_is_explained(call, sentence):
     with pytest.raises((ValueError, RuntimeError), match=sentence):
-        call(_samples("cpu"))
+        call(calls("cpu"))
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -27,7 +27,7 @@ triton.runtime.driver.set_active(Driver())
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 from dsv4fuse import compat
 import dsv4fuse
-import tests.test_kernels as kernels
+from tests._calls import calls
 
 said = []
 handler = logging.Handler()
@@ -38,8 +38,8 @@ def fake(t):
     with FakeTensorMode(allow_non_fake_inputs=True):
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
-for name in kernels.OPS:
-    op, (args, kwargs) = getattr(dsv4fuse.ops, name), kernels._samples("cpu")[name]
+for name, (args, kwargs) in calls("cpu").items():
+    op = getattr(dsv4fuse.ops, name)
     given = [fake(a) if isinstance(a, torch.Tensor) else a for a in args]
     places = [i for i, a in enumerate(given) if isinstance(a, torch.Tensor)]
 
