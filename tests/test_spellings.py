@@ -66,8 +66,9 @@ def _run(case: Case, **options: Any) -> tuple[Report, list[Tensor], list[Tensor]
     for number, axes in case.dynamic.items():
         for axis in axes:
             torch._dynamo.mark_dynamic(found_args[number], axis)
+    run = torch.compile(eager, backend="aot_eager_decomp_partition") if case.decomposed else eager
     with torch.no_grad():
-        wanted = eager(*wanted_args)
+        wanted = run(*wanted_args)
         options = {"select": "always", "inner": "eager"} | options
         found = torch.compile(fused, backend=backend, options=options, fullgraph=True)(*found_args)
     state = [m.state_dict() if isinstance(m, torch.nn.Module) else {} for m in (eager, fused)]

@@ -19,9 +19,11 @@ class Case:
 
     ``parts`` are words that the reasons of the taken sites must hold together, ``absent`` words
     that none may hold. ``exact`` asks for equal bits, which every rule but the ``ulp`` ones and
-    every reduction in the same order gives. A mutant names in ``like`` the spelling that it is
-    one edit away from: on equal inputs their results must differ, or the edit is none. ``why`` is
-    the reason of a known miss, and what the report of a mutant must say where it declines.
+    every reduction in the same order gives; ``decomposed``, of what Inductor's decompositions make
+    of it, where eager's own kernel has other bits on another CPU. A mutant names in ``like`` the
+    spelling that it is one edit away from: on equal inputs their results must differ, or the edit
+    is none. ``why`` is the reason of a known miss, and what the report of a mutant must say where
+    it declines.
     """
 
     build: Callable[[], Callable[..., Any]]
@@ -30,6 +32,7 @@ class Case:
     parts: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     exact: bool = True
+    decomposed: bool = False
     dynamic: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     like: Case | None = None
     why: str = ""

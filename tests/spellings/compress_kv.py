@@ -59,7 +59,10 @@ def rows_case(
 APART, HF = rows_inputs(series=1), _pools.POOLS["hf"]
 SPELLINGS: dict[str, Case] = {
     **{f"layout: {name}": rows_case(fn) for name, fn in _pools.LAYOUTS.items()},
-    **{f"pool: {name}": rows_case(_pools.hf, fn) for name, fn in _pools.POOLS.items()},
+    **{
+        f"pool: {name}": rows_case(_pools.hf, fn, decomposed=name == "in bf16")
+        for name, fn in _pools.POOLS.items()
+    },
     "apart": rows_case(_pools.apart, HF, APART, "Pool (every)", "norm", "rope"),
     "one window": rows_case(_pools.hf, HF, rows_inputs(1), "norm", "rope"),
     "two windows of one sequence": rows_case(_pools.hf, inputs=rows_inputs(2, batch=1)),
