@@ -30,6 +30,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="A function that returns (model, args) or (model, args, kwargs).",
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -48,13 +56,7 @@ def main(
 
 @app.command()
 def explain(
-    factory: Annotated[
-        str,
-        typer.Argument(
-            metavar="PACKAGE.MODULE:FACTORY",
-            help="A function that returns (model, args) or (model, args, kwargs).",
-        ),
-    ],
+    factory: Factory,
     options: Annotated[
         str, typer.Option(help='Options of dsv4fuse as JSON, such as \'{"select": "always"}\'.')
     ] = "{}",
@@ -170,13 +172,7 @@ def _plot(rows: list[Any], made_on: dict[str, Any], file: str) -> None:
 
 @app.command()
 def bisect(
-    factory: Annotated[
-        str,
-        typer.Argument(
-            metavar="PACKAGE.MODULE:FACTORY",
-            help="A function that returns (model, args) or (model, args, kwargs).",
-        ),
-    ],
+    factory: Factory,
     tolerance: Annotated[
         float, typer.Option(help="How far the result may be off, relative to its largest value.")
     ] = 0.0,

@@ -44,6 +44,16 @@ def number(t: Term) -> float | None:
     return t.args[0] if t.op == "const" else None
 
 
+def scaled(t: Term) -> tuple[Term, float]:
+    """(x, c) of c·x; c is 1 where t is no such product."""
+    if t.op == "mul":
+        for x, c in (t.args, t.args[::-1]):
+            value = number(c)
+            if value is not None:
+                return x, value
+    return t, 1.0
+
+
 def rounded(value: float, dtype: torch.dtype) -> float:
     """The number that dtype holds for a value."""
     return torch.tensor(value, dtype=torch.float64).to(dtype).item()

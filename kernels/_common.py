@@ -296,9 +296,5 @@ def require_fp8(device: torch.device) -> None:
 
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements; an expanded axis (stride 0) counts once."""
-    total = 0
-    for t in tensors:
-        if t is not None:
-            sizes = [n for n, step in zip(t.shape, t.stride(), strict=True) if step or not n]
-            total += math.prod(sizes) * t.element_size()
-    return total
+    pairs = [(t, zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None]
+    return sum(math.prod(n for n, step in axes if step or not n) * t.itemsize for t, axes in pairs)

@@ -86,11 +86,11 @@ def _rated(t: Term) -> tuple[Term, float, str] | None:
 
     ``relu(c·x) = c·relu(x)`` bit for bit, for c > 0: rounding is symmetric and monotonic.
     """
-    t, after = _scaled(t)
+    t, after = rules.scaled(t)
     if t.op != "maximum" or not any(rules.number(a) == 0.0 for a in t.args):
         return None
     x = next((a for a in t.args if a.op != "const"), t)
-    x, before = _scaled(x)
+    x, before = rules.scaled(x)
     if before <= 0 or (before != 1.0 and after != 1.0):
         return None
     scale = before * after
@@ -99,16 +99,6 @@ def _rated(t: Term) -> tuple[Term, float, str] | None:
     if x.op == "cast" and x.dtype == F32 and x.args[0].op == "load":
         return x.args[0], scale, "dot"
     return None
-
-
-def _scaled(t: Term) -> tuple[Term, float]:
-    """(x, c) of c·x."""
-    if t.op == "mul":
-        for x, c in (t.args, t.args[::-1]):
-            value = rules.number(c)
-            if value is not None:
-                return x, value
-    return t, 1.0
 
 
 def _seated(

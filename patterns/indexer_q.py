@@ -107,7 +107,7 @@ def _turns(scene: Scene) -> Iterator[Turn]:
             continue
         dtype = term.dtype
         inner = term.args[0] if term.op == "cast" else term
-        base, factor = _scaled(inner)
+        base, factor = rules.scaled(inner)
         c = product(scene, base, rank, node)
         if c is None or (term.op == "cast" and base.dtype != torch.float32):
             continue
@@ -117,15 +117,6 @@ def _turns(scene: Scene) -> Iterator[Turn]:
                 continue
             if matrix.node.meta["val"].dtype in (dtype, torch.float32):
                 yield Turn(node, source, matrix, factor)
-
-
-def _scaled(t: Term) -> tuple[Term, float]:
-    if t.op == "mul":
-        for x, c in (t.args, t.args[::-1]):
-            value = rules.number(c)
-            if value is not None:
-                return x, value
-    return t, 1.0
 
 
 def _lanes(operand: Operand, rank: int) -> fx.Node | None:

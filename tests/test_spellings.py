@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,10 +17,10 @@ from dsv4fuse import Report, compat, ops
 from dsv4fuse.backend import dsv4fuse as backend
 from dsv4fuse.fusion import registry
 
+from ._same import copied, difference
 from .spellings._case import Case
 
 assert ops
-STEPS = 2.0  # one for the rule or the order of a sum, one for the rounding of what follows
 
 
 def _cases(kind: str) -> list[Any]:
@@ -48,21 +47,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values with the same strides; a plain clone would make a view dense."""
-
-    def one(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return copy.deepcopy(t)
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
-
-    return tuple(one(a) for a in args)
-
-
 def _run(case: Case, **options: Any) -> tuple[Report, list[Tensor], list[Tensor]]:
     """The report, and what eager and the compiled function return and leave behind."""
     eager, fused = case.build(), case.build()
-    wanted_args, found_args = _copy(case.inputs()), _copy(case.inputs())
+    wanted_args, found_args = copied(case.inputs()), copied(case.inputs())
     for number, axes in case.dynamic.items():
         for axis in axes:
             torch._dynamo.mark_dynamic(found_args[number], axis)
@@ -82,30 +70,10 @@ def _run(case: Case, **options: Any) -> tuple[Report, list[Tensor], list[Tensor]
     )
 
 
-def _same(a: Tensor, b: Tensor, exact: bool) -> str | None:
-    """None where b is what a is, else what is wrong."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return f"{b.dtype}{list(b.shape)} instead of {a.dtype}{list(a.shape)}"
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if not a.is_floating_point():
-        return None if torch.equal(a, b) else "integers differ"
-    x, y = a.double(), b.double()
-    if not torch.equal(x.isnan(), y.isnan()):
-        return "NaN elsewhere"
-    x, y = x.nan_to_num(), y.nan_to_num()
-    if exact:
-        return None if torch.equal(x, y) else f"not exact, by {(x - y).abs().max().item():.3g}"
-    if not x.numel():
-        return None
-    step = torch.finfo(a.dtype).eps * (x.abs().amax(-1, keepdim=True) if x.dim() else x.abs())
-    worst = ((x - y).abs() / (step + 1e-300)).max().item()
-    return None if worst <= STEPS else f"by {worst:.3g} rounding steps"
-
-
 def _equal(wanted: list[Tensor], found: list[Tensor], exact: bool) -> None:
     assert len(wanted) == len(found)
-    wrong = {i: w for i, p in enumerate(zip(wanted, found, strict=True)) if (w := _same(*p, exact))}
+    pairs = enumerate(zip(wanted, found, strict=True))
+    wrong = {i: said for i, p in pairs if (said := difference(*p, exact))}
     assert not wrong
 
 
@@ -140,10 +108,10 @@ def test_mutant(case):
     assert not case.why or any(case.why in s.reason for s in report.with_status("declined"))
     _equal(wanted, found, case.exact)
     with torch.no_grad():
-        args = _copy(case.like.inputs())
+        args = copied(case.like.inputs())
         other = list(_tensors((case.like.build()(*args), args)))
     assert len(other) != len(wanted) or any(
-        _same(a, b, exact=True) for a, b in zip(other, wanted, strict=True)
+        difference(a, b, exact=True) for a, b in zip(other, wanted, strict=True)
     ), "the edit changes nothing on these inputs"
 
 
