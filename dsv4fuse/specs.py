@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -68,10 +69,10 @@ def _rope(inverse: bool):  # noqa: ANN202
 
 def _swiglu(node: fx.Node, root: Term) -> Iterator[Spec]:
     width = lanes(node)
-    gates = any(t.op == "div" and t.args[1].op == "add" for t in _walk(root, 8))
+    gates = any(t.op == "div" and t.args[1].op == "add" for t in walk(root, 8))
     if width is None or root.op not in ("mul", "cast") or not gates:
         return
-    inner = {t.op for t in _walk(root, SILU_DEPTH)}
+    inner = {t.op for t in walk(root, SILU_DEPTH)}
     if "exp" not in inner:
         return  # a product far behind some exp: each try costs a trace
     out = node.meta["val"].dtype
@@ -112,7 +113,7 @@ class Quantiser:
 
 def quantiser(term: Term) -> Quantiser | None:
     """The quantiser whose block maximum a term divides by, if there is one."""
-    inner = list(_walk(term, 14))
+    inner = list(walk(term, 14))
     maximum = next((t for t in inner if t.op == "fold" and t.args[0] == "amax"), None)
     if maximum is None or maximum.args[2] != (len(maximum.args[3]) - 1,):
         return None
@@ -123,12 +124,13 @@ def quantiser(term: Term) -> Quantiser | None:
     return Quantiser(group, maximum.dtype, scale, saturate) if isinstance(group, int) else None
 
 
-def _walk(term: Term, depth: int) -> Iterator[Term]:
+def walk(term: Term, depth: float = math.inf) -> Iterator[Term]:
+    """The terms of a term's elementwise part, and the reductions in it, down to a depth."""
     yield term
     if depth and term.op != "fold":
         for a in term.args:
             if isinstance(a, Term):
-                yield from _walk(a, depth - 1)
+                yield from walk(a, depth - 1)
 
 
 def _codes(node: fx.Node, root: Term) -> Iterator[Spec]:

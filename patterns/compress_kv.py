@@ -30,7 +30,7 @@ from dsv4fuse.layout import arrange, restore, token_count
 from dsv4fuse.match import Bound, Hole
 from dsv4fuse.rules import number
 from dsv4fuse.scene import Atom, Hit, Scene, Spec
-from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, lanes
+from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, lanes, walk
 from dsv4fuse.terms import Complex, Term
 from dsv4fuse.trace import ROWS
 from dsv4fuse.writes import written, written_twice
@@ -46,7 +46,7 @@ def _pool_specs(node: fx.Node, root: Term) -> Iterator[Spec]:
         return
     width = total.args[3][total.args[2][0]]
     body = total.args[1]
-    top = next((t for t in _inside(body) if t.op == "fold" and t.args[0] == "amax"), None)
+    top = next((t for t in walk(body) if t.op == "fold" and t.args[0] == "amax"), None)
     kv = [t for t in body.args if _bare(t).op != "div"] if body.op == "mul" else []
     if not isinstance(width, int) or top is None or len(kv) != 1:
         return
@@ -60,15 +60,6 @@ def _pool_specs(node: fx.Node, root: Term) -> Iterator[Spec]:
 
 def _bare(t: Term) -> Term:
     return t.args[0] if t.op == "cast" else t
-
-
-def _inside(t: Term) -> Iterator[Term]:
-    """Every term of t's elementwise part, and the reductions in it."""
-    yield t
-    if t.op != "fold":
-        for a in t.args:
-            if isinstance(a, Term):
-                yield from _inside(a)
 
 
 POOL = Atom("softmax_pool", atoms.softmax_pool, _pool_specs, frozenset({"fold", "exp", "div"}))
