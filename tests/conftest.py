@@ -91,6 +91,12 @@ def _fresh_dynamo():
     yield
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """A test draws the same numbers alone as after others: which share a process is chance."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def checkout() -> pathlib.Path:
     """The root of the checkout that these tests lie in."""

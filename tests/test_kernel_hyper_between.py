@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ._hyper import EPS, NORM_EPS, exact, mixing, near
-from ._kernels import BF16, FP16, FP32, GPU, MARKS, rand, seed
+from ._kernels import BF16, FP16, FP32, GPU, MARKS, rand
 
 pytestmark = MARKS
-assert seed
 MIXES = dict(norm_eps=NORM_EPS, eps=EPS, iters=3)
 NORM = dict(y_eps=1e-3, norm="weight")
 SHAPES = [(1, 64), (3, 192), (2, 512)] + (

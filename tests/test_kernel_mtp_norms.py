@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, rand, seed
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, rand
 
 pytestmark = MARKS
-assert seed
 NORMS = ["once", "rstd", "weight", "every"]
 CELLS = [(1, 4, 64), (3, 4, 200), (5, 1, 128)] + (
     [(128, 4, 4096), (1500, 4, 7168), (8192, 1, 4096), (1, 4, 8192)] if GPU else []

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand, seed
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand
 
 pytestmark = MARKS
-assert seed
 INF = math.inf
 SMALL = Shape(block=16, warps=4, stages=2)
 
