@@ -76,10 +76,14 @@ class Lowering:
         self.parts: dict[Term, list[tuple[fx.Node, Map, str]]] = defaultdict(list)
         self.loose: dict[Term, str] = {}  # terms that an ulp rule made, with its name
         self._known: dict[tuple[fx.Node, Map], Term | Complex] = {}
+        self._own: dict[fx.Node, Term | Complex] = {}
 
     def term(self, node: fx.Node) -> Term | Complex:
         """The node's value in its own coordinates."""
-        return self.read(node, straight(node))
+        known = self._own.get(node)
+        if known is None:
+            known = self._own[node] = self.read(node, straight(node))
+        return known
 
     def read(self, node: fx.Node, m: Map) -> Term | Complex:
         known = self._known.get((node, m))

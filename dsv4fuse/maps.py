@@ -14,6 +14,7 @@ that the algebra cannot express gives None and stays opaque.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def as_size(value: int | torch.SymInt) -> Size:
 
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
-    return tuple(as_size(s) for s in tensor.shape)
+    return tuple(s if type(s) is int else as_size(s) for s in tensor.shape)
 
 
 def divides(a: Size, b: Size) -> bool:
@@ -129,7 +130,8 @@ def index(offset: Size, terms: Sequence[tuple[Size, Digit]]) -> Index:
     return Index(offset, tuple(kept))
 
 
-def identity(sizes: Sequence[Size]) -> Map:
+@functools.lru_cache(maxsize=4096)
+def identity(sizes: tuple[Size, ...]) -> Map:
     return tuple(
         ZERO if n == 1 else Index(0, ((1, Digit(k, 1, n, n)),)) for k, n in enumerate(sizes)
     )

@@ -113,6 +113,7 @@ class Scene:
         ]
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
         self._contents: dict[Term, frozenset[str | torch.dtype]] = {}
+        self._able: dict[frozenset[str], list[fx.Node]] = {}
         self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         # In the graph's order no read goes deeper than one node: residual streams chain all layers.
         self._shown: dict[Term, list[fx.Node]] = defaultdict(list)
@@ -130,8 +131,18 @@ class Scene:
         return self._hits[key]
 
     def hits(self, atom: Atom) -> list[Hit]:
-        found = (self.hit(atom, n) for n in self.nodes)
+        found = (self.hit(atom, n) for n in self.able(atom))
         return [h for h in found if h is not None]
+
+    def able(self, atom: Atom) -> list[fx.Node]:
+        """The nodes whose values hold every operation that the atom cannot lack."""
+        found = self._able.get(atom.needs)
+        if found is None:
+            terms = ((n, self.low.term(n)) for n in self.nodes)
+            found = self._able[atom.needs] = [
+                n for n, t in terms if isinstance(t, Term) and atom.needs <= self.contents(t)
+            ]
+        return found
 
     def _try(self, atom: Atom, node: fx.Node) -> Hit | None:
         root = self.low.term(node)
@@ -195,7 +206,7 @@ class Scene:
         """The atom's hits that no later hit of it contains, in the graph's order."""
         kept: list[Hit] = []
         inside: set[fx.Node] = set()
-        for node in reversed(self.nodes):
+        for node in reversed(self.able(atom)):
             if node in inside or not self.first(node):
                 continue
             hit = self.hit(atom, node)

@@ -28,7 +28,7 @@ def _chunks(seed: int, programs: int, only: str, workers: int) -> Iterator[Tally
     tasks = iter(range(seed, seed + -(-programs // SIZE)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=prepare, max_tasks_per_child=20
+        workers, mp_context=context, initializer=prepare, max_tasks_per_child=100
     ) as pool:
         running: set[Future[Tally]] = set()
         while True:
