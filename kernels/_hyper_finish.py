@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-from ._common import INTERPRET, INTERPRETED, long, mul_rn, narrow, round_to, rsqrt
+from ._common import INTERPRET, long, mul_rn, narrow, round_to, rsqrt
 from ._norms import reciprocal_rms, scaled, squares
-
-if not INTERPRETED:
-    from triton.language.extra import libdevice
 
 
 @triton.jit

@@ -34,7 +34,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 @triton.jit
 def new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k: tl.constexpr,
                EVERY: tl.constexpr, EXACT: tl.constexpr, XD: tl.constexpr):  # fmt: skip
-    """Stream k of fp32 values ``[COLUMNS]``, or ``[T, COLUMNS]`` with post and comb ``[T, 1]``."""
+    """Stream k of fp32 values ``[COLUMNS]``."""
     p = tl.load(post_at + k * post_sk).to(tl.float32)
     c0 = tl.load(comb_at + k * comb_sk).to(tl.float32)
     c1 = tl.load(comb_at + comb_sj + k * comb_sk).to(tl.float32)
@@ -43,7 +43,12 @@ def new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk,
     if EVERY:
         p, c0, c1 = round_few(p, XD), round_few(c0, XD), round_few(c1, XD)
         c2, c3 = round_few(c2, XD), round_few(c3, XD)
-    mixed = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+    return joined(p, out, c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3, EVERY, EXACT, XD)
+
+
+@triton.jit
+def joined(p, out, mixed, EVERY: tl.constexpr, EXACT: tl.constexpr, XD: tl.constexpr):
+    """``p · out + mixed``, p a scalar or ``[T, 1]``."""
     if EVERY:
         return round_to(p * out, XD) + round_to(mixed, XD)
     elif EXACT:

@@ -30,24 +30,33 @@ from . import _common as common
 from . import _hyper as hyper
 from . import hyper_connection_post as behind
 from . import hyper_connection_pre as ahead
-from ._common import INTERPRETED, narrow
+from ._common import INTERPRETED, narrow, round_few
 from ._hyper_mixes import product, sum_of_squares
 from ._norms import out_dtype
-from .hyper_connection_post import new_stream
+from .hyper_connection_post import joined
 
 WHOLE = 4096  # from so many tokens on, a program adds a group of pieces and all SMs have one
 
 
 @triton.jit
-def _stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, to, f_at, size, has,
-            stored, k: tl.constexpr, D: tl.constexpr, READY: tl.constexpr, EVERY: tl.constexpr,
+def _weight(at, EVERY: tl.constexpr, XD: tl.constexpr):
+    """A factor of each token, ``[TOKENS, 1]``."""
+    factor = tl.load(at).to(tl.float32)
+    if EVERY:
+        factor = round_few(factor, XD)
+    return factor[:, None]
+
+
+@triton.jit
+def _stream(out_at, x_at, x_sh, post_at, comb_at, comb_sj, EVERY: tl.constexpr,
             EXACT: tl.constexpr, XD: tl.constexpr):  # fmt: skip
-    """Columns of stream k: stored; returns their product with fn and their sum of squares."""
-    y = new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, k, EVERY,
-                   EXACT, XD)  # fmt: skip
-    y = narrow(y, XD)
-    tl.store(to + k * D, y, mask=stored)
-    return product(y, f_at + k * D, size, has, READY), sum_of_squares(y)
+    """A new stream: one old one at a time, since all of them do not fit into registers."""
+    mixed = _weight(comb_at, EVERY, XD) * tl.load(x_at).to(tl.float32)
+    for j in tl.static_range(1, 4):
+        x = tl.load(x_at + j * x_sh).to(tl.float32)
+        mixed += _weight(comb_at + j * comb_sj, EVERY, XD) * x
+    out = tl.load(out_at).to(tl.float32)
+    return narrow(joined(_weight(post_at, EVERY, XD), out, mixed, EVERY, EXACT, XD), XD, False)
 
 
 @triton.jit
@@ -68,19 +77,22 @@ def post_mixes_kernel(
     CHUNKS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, READY: tl.constexpr,
     EVERY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: TOKENS tokens × CHUNKS neighbouring steps of D, in all four streams."""
+    """One program: TOKENS tokens × CHUNKS neighbouring steps of D, in all four streams.
+
+    Each new stream reads the four old ones again: three times out of four they are in L1.
+    """
     pid = tl.program_id(0)
     part = pid % PARTS
     token = (pid // PARTS) * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
-    t = tl.minimum(token, tokens - 1).to(tl.int64)[:, None]  # rows behind the last are not stored
+    t = tl.minimum(token, tokens - 1).to(tl.int64)  # rows behind the last are not stored
     lane = tl.arange(0, STEP)
     o = tl.arange(0, N)
     has = (o < OUT)[None, :]
     XD: tl.constexpr = x_ptr.dtype.element_ty
     post_at, comb_at = post_ptr + t * post_st, comb_ptr + t * comb_st
     columns = fn_ptr + o[None, :] * fn_so + lane[:, None]
-    size = OUT * fn_so
+    row = t[:, None]
     t0 = tl.zeros((TOKENS, N), tl.float32)
     t1, t2, t3 = t0, t0, t0
     s0 = tl.zeros((TOKENS,), tl.float32)
@@ -88,25 +100,15 @@ def post_mixes_kernel(
     for c in range(CHUNKS):
         first = tl.multiple_of((part * CHUNKS + c) * STEP, STEP)
         col = (first + lane)[None, :]
-        row = x_ptr + t * x_st + col
-        out = tl.load(out_ptr + t * o_st + col).to(tl.float32)
-        x0 = tl.load(row).to(tl.float32)
-        x1 = tl.load(row + x_sh).to(tl.float32)
-        x2 = tl.load(row + 2 * x_sh).to(tl.float32)
-        x3 = tl.load(row + 3 * x_sh).to(tl.float32)
-        to, f_at = new_ptr + t * 4 * D + col, columns + first
-        p, s = _stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, to, f_at,
-                       size, has, live[:, None], 0, D, READY, EVERY, EXACT, XD)  # fmt: skip
-        t0, s0 = t0 + p, s0 + s
-        p, s = _stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, to, f_at,
-                       size, has, live[:, None], 1, D, READY, EVERY, EXACT, XD)  # fmt: skip
-        t1, s1 = t1 + p, s1 + s
-        p, s = _stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, to, f_at,
-                       size, has, live[:, None], 2, D, READY, EVERY, EXACT, XD)  # fmt: skip
-        t2, s2 = t2 + p, s2 + s
-        p, s = _stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk, to, f_at,
-                       size, has, live[:, None], 3, D, READY, EVERY, EXACT, XD)  # fmt: skip
-        t3, s3 = t3 + p, s3 + s
+        out_at, x_at = out_ptr + row * o_st + col, x_ptr + row * x_st + col
+        for k in range(4):
+            y = _stream(out_at, x_at, x_sh, post_at + k * post_sk, comb_at + k * comb_sk, comb_sj,
+                        EVERY, EXACT, XD)  # fmt: skip
+            tl.store(new_ptr + (row * 4 + k) * D + col, y, mask=live[:, None])
+            total = t0 + product(y, columns + k * D + first, OUT * fn_so, has, READY)
+            squares = s0 + sum_of_squares(y)
+            t0, t1, t2, t3 = t1, t2, t3, total  # after four streams each is where it was
+            s0, s1, s2, s3 = s1, s2, s3, squares
     _partial(part_ptr, part, tokens, token, live, t0, s0, OUT, N)
     _partial(part_ptr, part + PARTS, tokens, token, live, t1, s1, OUT, N)
     _partial(part_ptr, part + 2 * PARTS, tokens, token, live, t2, s2, OUT, N)
@@ -153,7 +155,7 @@ def _sums(
         out, x, post, comb, new, factor, partial, tokens, out.stride(0), *x.stride()[:2],
         *post.stride(), *comb.stride(), factor.stride(-2),
         D=d, OUT=fn.shape[0], N=n, STEP=c.step, CHUNKS=chunks, PARTS=parts, TOKENS=hyper.TOKENS,
-        READY=ready, EVERY=every, EXACT=exact, num_warps=4, num_stages=2,
+        READY=ready, EVERY=every, EXACT=exact, num_warps=8, num_stages=1,
     )  # fmt: skip
     return hyper.Sums(partial, whole)
 
