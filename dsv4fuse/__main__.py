@@ -1,4 +1,5 @@
-"""The command line: ``python -m dsv4fuse explain``, ``bisect``, ``bench``, ``fusions``, ``doctor``.
+"""The command line: ``python -m dsv4fuse explain``, ``bisect``, ``bench``, ``kernels``,
+``fusions``, ``doctor``.
 
 Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot work here),
 2 the command was given something that it cannot use.
@@ -125,6 +126,36 @@ def bench(
         _plot(rows, made_on, plot)
     if wrong:
         _fail("\n".join(wrong), 1)
+
+
+@app.command()
+def kernels(
+    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    model: Annotated[str, typer.Option(help="flash, pro or pro-tp8.")] = "flash",
+    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
+    capability: Annotated[int, typer.Option(help="10 × the GPU's compute capability.")] = 90,
+    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Also write it.")] = "",
+) -> None:
+    """Compile the kernels for a GPU that need not be here: registers, spills, shared memory."""
+    try:
+        from dsv4fuse import bench as timing
+        from dsv4fuse import built
+    except ImportError as error:
+        _fail(f"This needs Triton: {error}.", 2)
+    counts = _bench_arguments(fusions or [], [model], tokens, timing.MODELS)
+    try:
+        with _progress() as progress:
+            found = built.launches(
+                fusions or [], timing.MODELS[model], counts, capability, progress
+            )
+    except RuntimeError as error:
+        _fail(str(error), 2)
+    timing.Console().print(built.table(found, capability))
+    if json_file:
+        built.save(found, pathlib.Path(json_file), capability)
+    said = built.wrong(found, capability)
+    if said:
+        _fail("\n".join(said), 1)
 
 
 def _bench_arguments(

@@ -7,12 +7,14 @@ compiled, so results hold nothing.
 from __future__ import annotations
 
 import contextlib
+import json
+import pathlib
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,31 +30,36 @@ from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.kernels import _common as common
 
 assert ops  # all kernels: what is imported later would take "launched on a CPU" for interpreted
+# KiB of shared memory that a program may have, by ten times the compute capability.
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 OPTIONS = {"select": "always", "inner": "eager", "verify": False}
 
 
 @dataclass(frozen=True)
 class Built:
     """One compiled kernel: 32-bit ``registers`` and bytes of ``stack`` of a thread (what does not
-    fit into registers lies there), bytes of ``shared`` memory of a program, ``seconds`` it took."""
+    fit into registers lies there), bytes of ``shared`` memory of a program, ``seconds`` it took.
+
+    ``error``: it does not compile.
+    """
 
     kernel: str
-    warps: int
-    registers: int
-    stack: int
-    shared: int
-    seconds: float
+    warps: int = 0
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+    error: str = ""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as a fusion's variant launches it at a number of tokens; ``error``: it is none."""
+    """A kernel as a fusion's variant launches it at a number of tokens."""
 
     fusion: str
     variant: str
     tokens: int
-    built: Built | None
-    error: str = ""
+    built: Built
 
 
 class _Absent:
@@ -78,21 +85,25 @@ class _Absent:
 def building(capability: int = 90) -> Iterator[list[Built]]:
     """Inside, launches on CPU tensors only compile; the list grows by what they compiled.
 
-    ``capability``: ten times the compute capability. Raises RuntimeError where Triton interprets.
+    A launch that was there before adds nothing. ``capability``: ten times the compute capability.
+    Raises RuntimeError where Triton interprets.
     """
     if not isinstance(common.narrow, JITFunction):
         raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile.")
     found: list[Built] = []
-    known: set[int] = set()
+    known = {None}
     launch, active, launched = JITFunction.run, driver._active, common.INTERPRETED
 
     def only_compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        made = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
-        if id(made) not in known:
-            known.add(id(made))
+        try:
+            made = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:  # of a compiler: the launches behind this one count as well
+            found.append(Built(kernel.__name__, error=_first_line(error)))
+            return
+        if made not in known:
+            known.add(made)
             found.append(_built(made, time.perf_counter() - started))
-        return made
 
     driver.set_active(_Absent(capability))  # type: ignore[arg-type]
     JITFunction.run = only_compiled
@@ -111,6 +122,13 @@ def _built(made: Any, seconds: float) -> Built:
         made.metadata.name, made.metadata.num_warps, used["REG"], used["STACK"],
         made.metadata.shared, seconds,
     )  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the error at the bottom: Triton chains one for each call that a kernel makes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -140,29 +158,46 @@ def launches(
             progress(f"{name} ({variant}), {t} tokens", len(sites))
             torch._dynamo.reset()
             built.clear()
-            error = ""
-            try:
-                made = registry()[name].examples[variant](t, sizes, "cpu")
-                options = {**OPTIONS, "expect": {name: 1}}
-                fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
-                fused(*made.inputs)
-            except Exception as failure:  # whatever a compiler raises; the others still count
-                error = (str(failure).strip().splitlines() or [repr(failure)])[0]
+            made = registry()[name].examples[variant](t, sizes, "cpu")
+            options = {**OPTIONS, "expect": {name: 1}}
+            fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
+            with contextlib.suppress(NotImplementedError, ValueError):
+                fused(*made.inputs)  # behind the launch there may be what only a GPU computes
             found += [Launch(name, variant, t, b) for b in built]
-            if error:
-                found.append(Launch(name, variant, t, None, error))
     return found
 
 
-def table(found: Sequence[Launch]) -> Table:
-    """One row a kernel."""
-    columns = ("fusion", "variant", "tokens", "kernel", "warps", "registers", "stack", "shared", "s")
-    out = Table(*columns)
+def table(found: Sequence[Launch], capability: int) -> Table:
+    """One row a kernel; what does not fit that GPU is marked."""
+    out = Table(*"fusion variant tokens kernel warps registers stack shared s".split())
     for row in found:
         b = row.built
-        cells = [row.error] if b is None else [
-            b.kernel, str(b.warps), str(b.registers), str(b.stack), str(b.shared),
-            f"{b.seconds:.2f}",
-        ]  # fmt: skip
-        out.add_row(row.fusion, row.variant, str(row.tokens), *cells)
+        shared = f"{b.shared}{'' if fits(b, capability) else ' TOO MUCH'}"
+        figures = (str(b.warps), str(b.registers), str(b.stack), shared, f"{b.seconds:.2f}")
+        out.add_row(row.fusion, row.variant, str(row.tokens), b.kernel,
+                    *((b.error,) if b.error else figures))  # fmt: skip
     return out
+
+
+def fits(built: Built, capability: int) -> bool:
+    """Can a program have that much shared memory? True for a GPU whose limit is not known."""
+    return built.shared <= 1024 * SHARED.get(capability, built.shared)
+
+
+def wrong(found: Sequence[Launch], capability: int) -> list[str]:
+    """What does not compile, or would not run, in words."""
+    said = []
+    for row in found:
+        where = f"{row.fusion} ({row.variant}) at {row.tokens} tokens"
+        if row.built.error:
+            said.append(f"{where}: {row.built.kernel}: {row.built.error}")
+        elif not fits(row.built, capability):
+            limit = 1024 * SHARED[capability]
+            said.append(f"{where}: {row.built.kernel} takes {row.built.shared} of {limit} bytes.")
+    return said
+
+
+def save(found: Sequence[Launch], path: pathlib.Path, capability: int) -> None:
+    data = {"capability": capability, "torch": torch.__version__, "triton": triton.__version__}
+    text = json.dumps({**data, "launches": [asdict(f) for f in found]}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
