@@ -104,6 +104,26 @@ def _masked(low: Lowering, node: fx.Node, m: Map) -> Value:
     return low.make("where", parts, node.meta["val"].dtype)
 
 
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values this one's value depends on: not one that it overwrites whole, of
+    which only the shape, the dtype and the strides stay."""
+    if not _overwrites(node):
+        return node.all_input_nodes
+    target, source = node.args[:2]
+    return [n for n in node.all_input_nodes if n is not target or n is source]
+
+
+def _overwrites(node: fx.Node) -> bool:
+    if node.target is aten.copy.default:
+        return True
+    if node.target is aten.slice_scatter.default:
+        length = shape_of(node.args[0])[argument(node, 2, "dim", 0)]
+        return slice_range(node, 2, length) == (0, length, 1)
+    return (
+        node.target is aten.select_scatter.default and shape_of(node.args[0])[node.args[2]] == 1
+    )
+
+
 def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piece]) -> Value:
     """The node's value through m, for a value made of pieces along an axis."""
     i = m[axis]

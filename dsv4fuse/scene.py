@@ -193,13 +193,13 @@ class Scene:
         return whole is not None and self.low.read(base, whole) is self.low.term(node)
 
     def region(self, root: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
-        """The nodes between leaves (left out) and root (included)."""
+        """The nodes between leaves (left out) and root (included) that its value is made of."""
         stop, seen, stack = set(leaves), set(), [root]
         while stack:
             node = stack.pop()
             if node not in seen and node not in stop and node.op == "call_function":
                 seen.add(node)
-                stack += node.all_input_nodes
+                stack += joins.sources(node)
         return seen
 
     def outermost(self, atom: Atom) -> list[Hit]:
