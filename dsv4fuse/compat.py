@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 @contextlib.contextmanager
@@ -38,6 +38,34 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(allowed)
+
+
+class _Decomposed(TorchDispatchMode):
+    """Each operation by Inductor's decomposition of it, in the references of fused ops too. What
+    writes in place has none: where graphs are made nothing does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if types:  # a fake tensor: only its shape is asked for
+            return func(*args, **kwargs)
+        with self:
+            if func.namespace == "dsv4fuse":
+                return func.redispatch(_CPU, *args, **kwargs)
+            table = {} if func._schema.is_mutable else select_decomp_table()
+            for spelled in (table.get(func), func.decompose):
+                found = spelled(*args, **kwargs) if spelled is not None else NotImplemented
+                if found is not NotImplemented:
+                    return found
+        return func(*args, **kwargs)
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def as_in_graphs(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU what runs is spelled as in a graph at our hook: torch's own softmax and softplus
+    there differ from their decompositions by more than a sum's order does. Elsewhere nothing."""
+    return _Decomposed() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def trace(

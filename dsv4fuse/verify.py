@@ -92,7 +92,8 @@ def _check(
     ):
         true = exact.truth(region, dict(made), ends)
     inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
-    found = list(candidate.call(*inputs))
+    with compat.as_in_graphs(candidate.root.meta["val"].device):
+        found = list(candidate.call(*inputs))
     found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
     rows = candidate.settled(*inputs) if candidate.settled is not None else ...
     for i, (node, b) in enumerate(zip(ends, found, strict=True)):

@@ -146,6 +146,29 @@ def test_a_reference_is_traced_to_functional_aten_without_computing():
     assert torch.ops.aten.slice_scatter.default in targets
 
 
+def test_a_reference_runs_as_graphs_are_spelled(monkeypatch):
+    """To the last bit, inside an op as well; what is written in place is written, and what is only
+    asked for its shape is left alone."""
+    from dsv4fuse.kernels import _common
+
+    from dsv4fuse.fusion import register_ops
+
+    register_ops()
+    monkeypatch.setattr(_common, "INTERPRETED", False)
+    logits, ids = torch.randn(500, 8), torch.zeros(500, dtype=torch.int64)
+    spelled = torch.where(logits > 20, logits, logits.exp().log1p()).sqrt()
+    assert not torch.equal(torch.nn.functional.softplus(logits).sqrt(), spelled)
+    wide = dict.fromkeys(("scores", "sums", "out"), torch.float32)
+    how = dict(func="sqrt_softplus", normalise=False, **wide)
+    table, x = torch.arange(8).expand(1, 8), torch.zeros(3)
+    fake = torch._subclasses.FakeTensorMode().from_tensor(logits)
+    with torch.no_grad(), compat.as_in_graphs(logits.device):
+        weights, _ = torch.ops.dsv4fuse.moe_router_hash(logits, table, ids, **how)
+        x.add_(1)
+        assert fake.softmax(-1).shape == logits.shape
+    assert torch.equal(weights, spelled) and x.tolist() == [1.0] * 3
+
+
 def test_tracing_works_inside_a_compilation():
     """The pass runs under AOTAutograd's modes, and must not see them."""
     seen = []

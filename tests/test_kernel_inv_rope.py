@@ -116,6 +116,17 @@ def test_inv_rope_quant_precise():
     assert ((back - y).abs() <= step).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_no_tokens(shape):
+    o, (cos, sin) = rand(*shape, 64), tables(*shape[:2], 32)
+    assert inv.inv_rope(o, cos, sin, rope_rounding="once").shape == o.shape
+    for col_major in (False, True):
+        kw = dict(groups=2, group=32, rope_rounding="once", col_major=col_major)
+        got, want = (f(o, cos, sin, **kw) for f in (inv.inv_rope_quant, inv.reference_quant))
+        same(got[0], want[0])
+        same(got[1], want[1])
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_offsets_past_2_31():
     """40000 rows of 64 × 512 pass 2^31 elements; the last rows must land where they belong."""

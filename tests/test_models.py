@@ -70,12 +70,13 @@ def expected_apart(kinds, dtype, decode=False):
     return {name: n for name, n in counts.items() if n and name != "hyper_head"}
 
 
-def fused(fn, kinds, dtype, decode=False, **options):
-    counts = expected(kinds, dtype, decode)
+def fused(fn, kinds, dtype, decode=False, more=None, dynamic=None, **options):
+    counts = expected(kinds, dtype, decode) | (more or {})
     counts |= {name: options.pop(name) for name in list(options) if name in counts}
     options = {"select": "always", "inner": "eager", "strict": True} | options
     options["expect"] = counts
-    return torch.compile(fn, backend=backend.dsv4fuse, options=options, fullgraph=True)
+    compiled = dict(options=options, fullgraph=True, dynamic=dynamic)
+    return torch.compile(fn, backend=backend.dsv4fuse, **compiled)
 
 
 def unfused(fn):
@@ -101,7 +102,7 @@ def as_near(found, eager, true):
 # transformers ------------------------------------------------------------------------------------
 
 
-def transformers_model(dtype, loaded_from=None):
+def transformers_model(dtype, loaded_from=None, **changes):
     """A small model with random weights in ``dtype``; by way of a folder it keeps in fp32 what
     transformers keeps when it loads a model, such as the weights of the norms."""
     hf = pytest.importorskip("transformers.models.deepseek_v4")
@@ -110,7 +111,8 @@ def transformers_model(dtype, loaded_from=None):
         layer_types=["sliding_attention", CSA, HCA],
         mlp_layer_types=["hash_moe", "moe", "moe"],
     )
-    model = hf.DeepseekV4ForCausalLM(hf.DeepseekV4Config(**sizes, rope_parameters=YARN))
+    config = hf.DeepseekV4Config(**sizes | changes, rope_parameters=YARN)
+    model = hf.DeepseekV4ForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.state_dict().items():
         if name.endswith("tid2eid"):

@@ -52,6 +52,40 @@ def near(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+# ---- what a site consists of ---------------------------------------------------------------------
+
+
+def _all_rows(base: Tensor, x: Tensor) -> Tensor:
+    base = base.unsqueeze(0).clone()
+    base[:, 0:] = x
+    return base
+
+
+def _the_only_row(base: Tensor, x: Tensor) -> Tensor:
+    base = base.unsqueeze(0).clone()
+    base[0] = x
+    return base
+
+
+@pytest.mark.parametrize("written", [_all_rows, _the_only_row])
+def test_what_is_overwritten_whole_is_no_part_of_it(written, monkeypatch):
+    """A product that cannot be run in fp64, and only lends its shape, is not asked for."""
+    regions = []
+
+    def check(candidate, region, numerics):
+        regions.extend(region)
+
+    monkeypatch.setattr("dsv4fuse.verify.check", check)
+
+    def fn(a: Tensor, x: Tensor, up: Tensor) -> Tensor:
+        return swiglu(written(a @ a, x * 2), up)
+
+    a, x, up = (torch.randn(16, 16) for _ in range(3))
+    with torch.no_grad():
+        near(compiled(fn)(a, x, up), fn(a, x, up))
+    assert regions and torch.ops.aten.mm.default not in {n.target for n in regions}
+
+
 # ---- modes ------------------------------------------------------------------------------------
 
 
