@@ -101,14 +101,26 @@ class Mixes:
         return x, fn if fn.shape[0] == base.shape[0] else fn.t(), scale, base
 
     def shaped(self, t: Tensor, streams: Tensor, node: fx.Node) -> Tensor:
-        """A result ``[T, ...]`` with the leading axes that the node has."""
-        lead = node.meta["val"].dim() - t.dim() + 1
-        return t if lead == 1 else t.view(*streams.shape[:-2], *t.shape[1:])
+        """A result ``[T, ...]`` with the leading axes that the node has, those of size one too."""
+        lead = shape(node)[: node.meta["val"].dim() - t.dim() + 1]
+        axes = [a for a, n in enumerate(shape(self.streams)[:-2]) if n != 1]
+        held = iter([streams.shape[a] for a in axes] if len(_plain(lead)) > 1 else [t.shape[0]])
+        return t.view(*(1 if n == 1 else next(held) for n in lead), *t.shape[1:])
 
     def fits(self, node: fx.Node, lanes: int) -> bool:
         """Are the node's leading axes those of the streams, or all of them as one?"""
-        lead = shape(node)[: len(shape(node)) - lanes]
-        return lead == shape(self.streams)[:-2] or len(lead) == 1
+        lead = _plain(shape(node)[: len(shape(node)) - lanes])
+        return len(lead) < 2 or lead == _plain(shape(self.streams)[:-2])
+
+    def leads(self, lead: Shape) -> Iterator[Shape]:
+        """The leading axes that what is made of the mixes may have, where a part has these."""
+        own = (lead, shape(self.node)[:-1], shape(self.streams)[:-2])
+        yield from dict.fromkeys((*own, *map(_plain, own)))
+
+
+def _plain(lead: Shape) -> Shape:
+    """Axes without those of size one."""
+    return tuple(n for n in lead if n != 1)
 
 
 # ---- finding the mixes ---------------------------------------------------------------------------

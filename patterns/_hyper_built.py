@@ -36,16 +36,17 @@ def gate(scene: Scene, mixes: Mixes, lead: Shape, index: Index, eps: float) -> T
 
 
 def collapsed(scene: Scene, mixes: Mixes, lead: Shape, eps: float) -> fx.Node | None:
-    """The node ``[lead.., D]`` that holds ``Σ_i pre_i · x_i``, rounded to the streams' dtype."""
+    """The node ``[.., D]`` that holds ``Σ_i pre_i · x_i``, rounded to the streams' dtype."""
     n, width = shape(mixes.streams)[-2:]
-    pre = gate(scene, mixes, lead, whole(len(lead), n), eps)
-    size = (*lead, width)
-    for held, m in places(scene, pre):
-        if m != maps.identity((*lead, n)):
-            continue
-        for node in _products(held):
-            if shape(node) == size and _collapses(scene, mixes, node, lead, eps):
-                return _rounded(scene, node, mixes.streams.meta["val"].dtype)
+    for rows in mixes.leads(lead):
+        lane = whole(len(rows), n)
+        for held, m in places(scene, gate(scene, mixes, rows, lane, eps)):
+            if m != (*(regrouped(rows, shape(held)[:-1]) or ()), lane):
+                continue
+            for node in _products(held):
+                size = (*rows, width)
+                if shape(node) == size and _collapses(scene, mixes, node, rows, eps):
+                    return _rounded(scene, node, mixes.streams.meta["val"].dtype)
     return None
 
 

@@ -150,11 +150,22 @@ def _site(scene: Scene, comb: fx.Node, nest: Sinkhorn) -> Site | None:
     y = built.collapsed(scene, mixes, lead, nest.eps)
     if y is None or not all(mixes.fits(*p) for p in ((comb, 2), (y, 1))):
         return None
-    z = built.column(scene, mixes, lead, maps.index(n, [(1, row)]), 1)
-    low = scene.low
-    twice = low.make("mul", (low.make("sigmoid", (z,), F32), low.interner.const(2)), F32)
-    post = built.held_at(scene, twice, (*lead, n))
+    post = _post(scene, mixes, lead)
     return Site(mixes, nest, _norm(scene, y), y, post, comb)
+
+
+def _post(scene: Scene, mixes: Mixes, lead: Shape) -> fx.Node | None:
+    """The first node that holds the second n columns as ``2 · sigmoid``."""
+    low, n = scene.low, mixes.count
+    for rows in mixes.leads(lead):
+        lane = Digit(len(rows), 1, n, n)
+        z = built.column(scene, mixes, rows, maps.index(n, [(1, lane)]), 1)
+        half = low.make("sigmoid", (z,), F32)
+        twice = low.make("mul", (half, low.interner.const(2)), F32)
+        post = built.held_at(scene, twice, (*rows, n))
+        if post is not None and mixes.fits(post, 1):
+            return post
+    return None
 
 
 def _norm(scene: Scene, y: fx.Node) -> Hit | None:

@@ -262,6 +262,7 @@ ENGINES = {
     "vLLM swiglu": case(vllm_swiglu, swiglu_inputs, "clamp_swiglu_quant"),
     "vLLM router": case(vllm_router, router_inputs, "moe_router"),
     "vLLM pre": case(vllm_pre, mix_inputs(), "hyper_connection_pre", exact=False),
+    "SGLang pre": case(sglang_pre, mix_inputs(), "hyper_connection_pre", exact=False),
     "vLLM post": case(vllm_post, post_inputs, "hyper_connection_post", exact=False),
     "SGLang post": case(sglang_post, post_inputs, "hyper_connection_post", exact=False),
     "SGLang head": case(sglang_head, mix_inputs(4, 1), "hyper_head", exact=False),
@@ -276,10 +277,6 @@ ENGINES = {
     ),
 }
 MISSES = {
-    "SGLang pre": Case(
-        plain(sglang_pre), mix_inputs(), exact=False,
-        why="the mixes are [T, 1, 24], and what is made of them loses that axis again",
-    ),
     "vLLM logits": Case(
         plain(vllm_logits), logits_inputs, why="the kernel has no scale for each key"
     ),

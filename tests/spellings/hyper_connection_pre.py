@@ -79,6 +79,33 @@ def _y_of_rows(pre: Tensor, x: Tensor) -> Tensor:
     return (pre[..., None] * x.flatten(0, 1)).sum(dim=1).to(x.dtype).view(*x.shape[:2], -1)
 
 
+def _beside_one(axis: int, y: h.Fn = h.collapse) -> h.Fn:
+    """The mixes with an axis of size one more; pre, post and comb lose it again."""
+
+    def fn(x: Tensor, w: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+        pre, post, comb = h.split(h.mixes_scaled(x, w).unsqueeze(axis), scale, base)
+        return y(pre.squeeze(axis), x), post.squeeze(axis), comb.squeeze(axis)
+
+    return fn
+
+
+def _streams_beside_one(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """Tokens in one axis and one of size one behind it, which only comb and post lose."""
+    rows = x.flatten(0, 1).unsqueeze(1)
+    y, post, comb = h.connection()(rows, *rest)
+    return y, post.squeeze(1), comb.squeeze(1)
+
+
+def _pre_of_the_next(pre: Tensor, x: Tensor) -> Tensor:
+    """Not the same: each token takes another one's weights."""
+    return h.collapse(pre.roll(1, 1), x)
+
+
+def _pre_across(pre: Tensor, x: Tensor) -> Tensor:
+    """Not the same: an axis of one that is left in broadcasts, and tokens are summed."""
+    return (pre.flatten(0, 1)[:, None, :, None] * x.flatten(0, 1)).sum(dim=1).to(x.dtype)
+
+
 def _more_readers(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     """comb transposed and rounded, as a layer uses it."""
     y, post, comb = h.connection(h.mixes_scaled)(x, *rest)
@@ -117,6 +144,12 @@ SPELLINGS: dict[str, Case] = {
     "bf16 parameters": _case(h.connection(), h.inputs(small=BF16)),
     "one token": _case(h.connection(h.mixes_scaled), h.inputs(1, 1)),
     "dynamic": _case(h.connection(), h.inputs(3, 5), dynamic={0: (0, 1)}),
+    "an axis of one behind the tokens": _case(_beside_one(2), None, "3 Sinkhorn"),
+    "an axis of one between them": _case(_beside_one(1)),
+    "an axis of one in front, dynamic": _case(
+        _beside_one(0), h.inputs(3, 5), dynamic={0: (0, 1)}
+    ),
+    "streams beside one": _case(_streams_beside_one),
 }  # fmt: skip
 
 
@@ -136,6 +169,8 @@ MUTANTS: dict[str, Case] = {
     "rows before columns": _mutant(_nest(axes=(-1, -2))),
     "softmax of columns": _mutant(_nest(soft=-2)),
     "base of comb transposed": _mutant(_with(shift=True)),
+    "an axis of one, pre of another token": _mutant(_beside_one(2, _pre_of_the_next)),
+    "an axis of one that broadcasts": _mutant(_beside_one(2, _pre_across)),
 }
 
 
