@@ -63,7 +63,7 @@ class Hit:
         return self.env.scalars[name]
 
 
-def _tensor(node: fx.Node) -> bool:
+def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
@@ -180,7 +180,7 @@ class Scene:
 
     def alike(self, node: fx.Node) -> Iterator[fx.Node]:
         """Other nodes that hold the same value with the same strides."""
-        term, value = self.low.term(node) if _tensor(node) else None, node.meta.get("val")
+        term, value = self.low.term(node) if is_tensor(node) else None, node.meta.get("val")
         for other in self._shown.get(term, ()):  # type: ignore[arg-type]
             seen = other.meta["val"]
             same = str((seen.shape, seen.stride())) == str((value.shape, value.stride()))

@@ -1,25 +1,26 @@
 """The lightning indexer's scores: relu of every head's dot, weighted and summed over the heads.
 
-Math     ``out[t,s] = Σ_h w[t,h] · (relu(q[t,h] · k[s]) · scale)`` [``· k_scale[s]``] for the
-         keys ``start[t] ≤ s < end[t]``; elsewhere −inf (``clean``), or **left untouched**: the
-         result then holds whatever the memory held. Tiles that no row needs are skipped. The
-         dots of a tile are summed over the heads where they are made: no ``[T,H,S]`` in memory.
+Math     ``out[t,s] = Σ_h w[t,h] · (relu(q[t,h] · k[s]) · scale)`` [``· k_scale[s]``: the sum or,
+         under ``scale_dots``, each dot in front of relu, whatever the scale's sign] for the keys
+         ``start[t] ≤ s < end[t]``; elsewhere −inf (``clean``), or **left untouched**: the result
+         then holds whatever the memory held. Tiles that no row needs are skipped. The dots of a
+         tile are summed over the heads where they are made: no ``[T,H,S]`` in memory.
 Shapes   q ``[B,T,H,D]``, k ``[B,S,D]``, w ``[B,T,H]``, k_scale ``[B,S]`` fp32 (scales of fp8
          keys; q's own scale belongs into w), start and end ``[B,T]`` int32 or int64, each may be
          absent; out ``[B,T,S]``, dense. D is a power of two from 16 (fp8: 32) to 256, H ≤ 256.
-         A batch axis of k, start or end may have stride 0.
+         A batch axis of k, k_scale, start or end may have stride 0.
 Dtypes   q and k alike: bf16, fp16, fp32 or e4m3; w bf16, fp16 or fp32. out fp32, under "every"
          the dtype of q.
 Strides  any; q and k with last stride 1.
 Rounding "once": fp32 throughout (``q.float() @ k.float()``; bf16, fp16 and e4m3 operands have
          exact products in a tensor core, summed in fp32). "dot": the dot is rounded to q's
-         dtype, as its matmul does, the rest fp32. "every": dot, scale and product are each
-         rounded to q's dtype, the head sum is fp32 and rounded at the end. ``precise`` rounds at
-         the end only and folds the scale into w. The order of sums differs from eager's.
-         ``narrow_sum`` multiplies e4m3 in fp8 tensor cores, at twice the rate; on Hopper their
-         accumulator keeps about 14 bits. fp32 operands are each split into three bf16.
-         NaN propagates as relu, product and sum do in eager.
-Source   DeepSeek-V3.2's lightning indexer; ATOM #794 (range skip, logits left untouched).
+         dtype (of e4m3: bf16), as its matmul does, the rest fp32. "every", not of e4m3 nor with
+         ``scale_dots``: dot, scale and product are each rounded to q's dtype, the head sum is
+         fp32 and rounded at the end. ``precise`` rounds at the end only and folds the scale into
+         w. The order of sums differs from eager's. ``narrow_sum`` multiplies e4m3 in fp8 tensor
+         cores, at twice the rate; on Hopper their accumulator keeps about 14 bits. fp32 operands
+         are each split into three bf16. NaN propagates as relu, product and sum do in eager.
+Source   DeepSeek-V3.2's indexer; vLLM's fp8_mqa_logits; ATOM #794 (range skip, clean or not).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ._common import INTERPRET, INTERPRETED, long, max_nan, round_to
 # tf32x3 is farther from it. The interpreter computes in fp32 and knows no such name.
 WIDE_DOT = "ieee" if INTERPRETED else "bf16x6"
 ROUNDINGS = {"once": 0, "dot": 1, "every": 2}
+ROUNDED = {"once": (1, 2, 4), "dot": (1, 2), "every": (2,)}  # bytes of the elements it is for
 # Values that follow a token or key count: specialising on them would recompile.
 SIZES = ("tokens", "keys", "w_sb", "ks_sb", "start_sb", "end_sb", "out_sb", "out_st")
 
@@ -85,11 +87,13 @@ def _needed(start_ptr, end_ptr, first, last, key, keys, start_st, end_st, HAS_ST
 
 
 @triton.jit
-def _weighted(dots, w, dtype: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr,
-              PRECISE: tl.constexpr):
+def _weighted(dots, w, k_scale, dtype: tl.constexpr, SCALE: tl.constexpr, SCALE_DOTS: tl.constexpr,
+              ROUNDING: tl.constexpr, PRECISE: tl.constexpr):
     """Each head's term of the sum, rounded where the module rounds."""
     if ROUNDING >= 1 and not PRECISE:
-        dots = round_to(dots, dtype)
+        dots = round_to(dots, tl.bfloat16 if dtype.primitive_bitwidth == 8 else dtype)
+    if SCALE_DOTS:
+        dots = dots * k_scale[:, None]
     y = max_nan(dots, 0.0)
     if PRECISE:
         w = w * SCALE
@@ -109,9 +113,9 @@ def indexer_logits_kernel(
     q_sb, q_st, q_sh, k_sb, k_st, w_sb, w_st, w_sh, ks_sb, ks_st,
     start_sb, start_st, end_sb, end_st, out_sb, out_st,
     HEADS: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
-    TOKENS: tl.constexpr, DOT: tl.constexpr, HAS_KS: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_END: tl.constexpr, CLEAN: tl.constexpr, SCALE: tl.constexpr, ROUNDING: tl.constexpr,
-    PRECISE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, DOT: tl.constexpr, HAS_KS: tl.constexpr, SCALE_DOTS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_END: tl.constexpr, CLEAN: tl.constexpr, SCALE: tl.constexpr,
+    ROUNDING: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS keys, held, against TOKENS tokens, DOT of them at a time.
 
@@ -145,6 +149,7 @@ def indexer_logits_kernel(
                     mask=live[:, None], other=0.0)  # fmt: skip
         if WIDEN or INTERPRET:
             k = k.to(tl.float32 if INTERPRET else tl.bfloat16)
+        k_scale = 1.0
         if HAS_KS:
             k_scale = tl.load(ks_ptr + b * ks_sb + key * ks_st, mask=live, other=0.0)
         column = tl.arange(0, DOT * PAD)
@@ -159,7 +164,8 @@ def indexer_logits_kernel(
             if WIDEN or INTERPRET:
                 q = q.to(tl.float32 if INTERPRET else tl.bfloat16)
             dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            y = _weighted(dots, w.to(tl.float32), q_ptr.dtype.element_ty, SCALE, ROUNDING, PRECISE)
+            y = _weighted(dots, w.to(tl.float32), k_scale, q_ptr.dtype.element_ty, SCALE,
+                          SCALE_DOTS, ROUNDING, PRECISE)  # fmt: skip
             if PAD != HEADS:
                 y = tl.where(there[None, :], y, 0.0)  # an infinite key makes 0 · inf there
             row = t + tl.arange(0, DOT)
@@ -167,7 +173,7 @@ def indexer_logits_kernel(
                 s = tl.sum(y, axis=1)[:, None]
             else:
                 s = tl.sum(tl.reshape(y, (KEYS, DOT, PAD)), axis=2)
-            if HAS_KS:
+            if HAS_KS and not SCALE_DOTS:
                 s = s * k_scale[:, None]
             mine = row < hi
             inside = live[:, None] & mine[None, :]
@@ -184,22 +190,26 @@ def indexer_logits_kernel(
             tl.store(at, s.to(OD), mask=inside)
 
 
-def _check(q: Tensor, k: Tensor, w: Tensor, rounding: str) -> None:
+def _check(
+    q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, rounding: str, scale_dots: bool
+) -> None:
     """Raises ValueError with a sentence for what the kernel does not take."""
     common.require(rounding in ROUNDINGS, f"rounding must be one of {', '.join(ROUNDINGS)}")
-    common.require(q.dim() == 4 and k.dim() == 3 and w.dim() == 3,
-                   "q is [B, T, H, D], k [B, S, D], w [B, T, H]")  # fmt: skip
+    common.require(q.dim() == 4 and k.dim() == 3 and w.dim() == 3
+                   and (k_scale is None or k_scale.shape == k.shape[:2]),
+                   "q is [B, T, H, D], k [B, S, D], w [B, T, H], k_scale [B, S]")  # fmt: skip
     heads, d = q.shape[2:]
     least = 32 if q.element_size() == 1 else 16
     common.require(q.dtype == k.dtype, f"q is {q.dtype}, k is {k.dtype}")
     common.require(q.dtype in (*common.FLOATS, common.FP8), "q must be bf16, fp16, fp32 or e4m3")
-    common.require(rounding == "once" or q.dtype in (torch.bfloat16, torch.float16),
-                   "only bf16 and fp16 have roundings in between")  # fmt: skip
+    fits = q.element_size() in ROUNDED[rounding]
+    common.require(fits, f'of {q.dtype} there is no rounding "{rounding}"')
+    fits = not scale_dots or k_scale is not None and rounding != "every"
+    common.require(fits, 'scale_dots needs k_scale, and no rounding "every"')
     common.require(d >= least and d in (16, 32, 64, 128, 256),
                    f"index_head_dim {d} is no power of two from {least} to 256")  # fmt: skip
     common.require(heads <= 256, f"{heads} heads are more than a tile's 256")
-    dense = q.stride(-1) == 1 and k.stride(-1) == 1
-    common.require(dense, "the last axis of q and k must be dense")
+    common.require(q.stride(-1) == k.stride(-1) == 1, "the last axis of q and k must be dense")
     if q.dtype == common.FP8:
         common.require_fp8(q.device)
 
@@ -212,12 +222,11 @@ def allocate(q: Tensor, k: Tensor, rounding: str) -> Tensor:
 
 def _launch(
     q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, start: Tensor | None,
-    end: Tensor | None, out: Tensor, *, scale: float, rounding: str, precise: bool, clean: bool,
-    narrow_sum: bool,
+    end: Tensor | None, out: Tensor, *, scale: float, scale_dots: bool, rounding: str,
+    precise: bool, clean: bool, narrow_sum: bool,
 ) -> None:  # fmt: skip
-    batch, tokens, heads, d = q.shape
+    (batch, tokens, heads, d), keys = q.shape, k.shape[1]
     common.require_static(heads=heads, index_head_dim=d)
-    keys = k.shape[1]
     c = common.launch_config(CONFIGS[q.element_size()], batch * tokens * keys)
     pad = max(16, triton.next_power_of_2(heads))
     width = max(1, min(c.dot, 256 // pad))
@@ -229,30 +238,31 @@ def _launch(
         *q.stride()[:3], *k.stride()[:2], *w.stride(), *(s for pair in strides for s in pair),
         *out.stride()[:2],
         HEADS=heads, PAD=pad, D=d, KEYS=c.keys, TOKENS=c.tokens, DOT=width,
-        HAS_KS=k_scale is not None, HAS_START=start is not None, HAS_END=end is not None,
-        CLEAN=clean, SCALE=scale, ROUNDING=ROUNDINGS[rounding], PRECISE=precise,
-        WIDEN=q.dtype == common.FP8 and not narrow_sum,
-        PRECISION=WIDE_DOT if q.dtype == torch.float32 else "ieee",
-        num_warps=c.warps, num_stages=c.stages,
+        HAS_KS=k_scale is not None, SCALE_DOTS=scale_dots, HAS_START=start is not None,
+        HAS_END=end is not None, CLEAN=clean, SCALE=scale, ROUNDING=ROUNDINGS[rounding],
+        PRECISE=precise, WIDEN=q.dtype == common.FP8 and not narrow_sum, num_warps=c.warps,
+        PRECISION=WIDE_DOT if q.dtype == torch.float32 else "ieee", num_stages=c.stages,
     )  # fmt: skip
 
 
 def reference(
     q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Tensor | None = None,
-    end: Tensor | None = None, *, scale: float = 1.0, rounding: str = "once",
-    precise: bool = False, clean: bool = True, narrow_sum: bool = False,
+    end: Tensor | None = None, *, scale: float = 1.0, scale_dots: bool = False,
+    rounding: str = "once", precise: bool = False, clean: bool = True, narrow_sum: bool = False,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, one batch row at a time; without ``clean`` it writes 0."""
     out = allocate(q, k, rounding)
     for b in range(q.shape[0]):
         wide = precise or rounding == "once"
-        x, y = (q[b].float(), k[b].float()) if wide else (q[b], k[b])
+        own = torch.bfloat16 if q.dtype == common.FP8 else q.dtype
+        x, y = (t[b].to(torch.float32 if wide else own) for t in (q, k))
         dots = (x.flatten(0, 1) @ y.mT).unflatten(0, x.shape[:2])  # [T, H, S]
         if rounding == "dot":
             dots = dots.float()
+        if scale_dots:
+            dots = dots * k_scale[b]  # type: ignore[index]
         terms = dots.relu() * scale * (w[b].float() if wide else w[b]).unsqueeze(-1)
-        s = terms.sum(dim=1)
-        out[b] = s if k_scale is None else s * k_scale[b]
+        out[b] = terms.sum(dim=1) * (1.0 if k_scale is None or scale_dots else k_scale[b])
     place = torch.arange(k.shape[1], device=q.device)
     outside = torch.zeros_like(out, dtype=torch.bool)
     if start is not None:
@@ -265,12 +275,13 @@ def reference(
 @triton_op("dsv4fuse::indexer_logits", mutates_args=())
 def indexer_logits(
     q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Tensor | None = None,
-    end: Tensor | None = None, *, scale: float = 1.0, rounding: str = "once",
-    precise: bool = False, clean: bool = True, narrow_sum: bool = False,
+    end: Tensor | None = None, *, scale: float = 1.0, scale_dots: bool = False,
+    rounding: str = "once", precise: bool = False, clean: bool = True, narrow_sum: bool = False,
 ) -> Tensor:  # fmt: skip
     """The indexer's scores ``[B,T,S]``: see the module's docstring."""
-    _check(q, k, w, rounding)
-    kw = dict(scale=scale, rounding=rounding, precise=precise, clean=clean, narrow_sum=narrow_sum)
+    _check(q, k, w, k_scale, rounding, scale_dots)
+    kw = dict(scale=scale, scale_dots=scale_dots, rounding=rounding, precise=precise, clean=clean,
+              narrow_sum=narrow_sum)  # fmt: skip
     if common.use_reference(q):
         return reference(q, k, w, k_scale, start, end, **kw)
     out = allocate(q, k, rounding)
@@ -279,8 +290,8 @@ def indexer_logits(
 
 
 @indexer_logits.register_fake
-def _(q, k, w, k_scale=None, start=None, end=None, *, rounding="once", **_):
-    _check(q, k, w, rounding)
+def _(q, k, w, k_scale=None, start=None, end=None, *, scale_dots=False, rounding="once", **_):
+    _check(q, k, w, k_scale, rounding, scale_dots)
     return allocate(q, k, rounding)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dsv4fuse import maps, rules
 from dsv4fuse.contract import Operand, contraction
 from dsv4fuse.maps import ZERO, Digit, Index, Map, Size
-from dsv4fuse.scene import Scene
+from dsv4fuse.scene import Scene, is_tensor
 from dsv4fuse.terms import Complex, Term, straight
 
 F32 = torch.float32
@@ -26,10 +26,6 @@ Shape = tuple[Size, ...]
 
 def shape(node: fx.Node) -> Shape:
     return maps.sizes_of(node.meta["val"])
-
-
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def places(scene: Scene, term: Term) -> Iterator[tuple[fx.Node, Map]]:

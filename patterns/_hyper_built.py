@@ -11,10 +11,10 @@ from dsv4fuse import maps
 from dsv4fuse.contract import contraction
 from dsv4fuse.fusion import Sizes
 from dsv4fuse.maps import Index
-from dsv4fuse.scene import Scene, readers
+from dsv4fuse.scene import Scene, is_tensor, readers
 from dsv4fuse.terms import Term
 
-from ._hyper import F32, Mixes, Shape, is_tensor, places, regrouped, shape, whole
+from ._hyper import F32, Mixes, Shape, places, regrouped, shape, whole
 
 
 def column(scene: Scene, mixes: Mixes, lead: Shape, index: Index, which: int) -> Term:

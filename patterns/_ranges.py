@@ -79,6 +79,8 @@ def _bound(scene: Scene, test: Term, hides: bool, key: int) -> Bound | None:
     for (place, n), op in ((test.args, test.op), (test.args[::-1], TURNED[test.op])):
         if not _counts(place, key) or n.dtype not in (torch.int64, torch.int32):
             continue
+        if n.op == "cast" and n.args[0].dtype == torch.int32:
+            n = n.args[0]  # widened to be compared
         held = seats(Operand(n, tuple(scene.low.origins[n])))
         seat = next((s for s in held if key not in s.axes), None)
         if seat is not None:

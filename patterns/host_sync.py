@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate, Fusion
-from dsv4fuse.scene import Scene
+from dsv4fuse.scene import Scene, is_tensor
 from dsv4fuse.views import VIEWS
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -75,7 +75,7 @@ def _made_of(node: fx.Node) -> list[fx.Node] | None:
     def visit(n: fx.Node) -> bool:
         if n in made or n.op == "get_attr" or n.target in FACTORIES:
             fine = True
-        elif n.target in SAME and isinstance(n.meta.get("val"), Tensor):
+        elif n.target in SAME and is_tensor(n):
             tensors = [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
             fine = all(visit(a) for a in tensors)
         else:

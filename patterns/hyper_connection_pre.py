@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from dsv4fuse import atoms, maps
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.maps import ZERO, Digit
-from dsv4fuse.scene import Hit, Scene, readers
+from dsv4fuse.scene import Hit, Scene, is_tensor, readers
 from dsv4fuse.specs import RMS_NORM
 from dsv4fuse.terms import Complex, Term
 
@@ -183,7 +183,7 @@ def _onward(node: fx.Node, depth: int) -> Iterator[fx.Node]:
     """What reads a value within so many steps, nearer ones first."""
     near = {node}
     for _ in range(depth):
-        near = {u for n in near for u in n.users if hyper.is_tensor(u)}
+        near = {u for n in near for u in n.users if is_tensor(u)}
         yield from sorted(near)
 
 

@@ -3,8 +3,9 @@
 Scope: ``Σ_h w[t,h] · relu(q[t,h] · k[s])`` as any product of q and k (matmul, einsum, heads merged
 or on an axis of their own), relu before or after a positive scale or none, weights that do not
 depend on the key, and a sum over the heads (sum, matmul, einsum); in fp32, in fp32 from dots that
-were rounded, or rounding every step. A mask that follows, when it hides all keys from a position
-on (``arange(S) >= n[t]``) or up to one, becomes the kernel's range. Seed: ATOM #794.
+were rounded, or rounding every step. A scale of each key (of fp8 ones) may multiply the dots in
+front of relu, or the sum. A mask that follows, when it hides all keys from a position on
+(``arange(S) >= n[t]``) or up to one, becomes the kernel's range. Seed: ATOM #794.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import rules
+from dsv4fuse import maps, rules
+from dsv4fuse.atoms import FP8
 from dsv4fuse.contract import Contraction, Operand, contraction, product
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
-from dsv4fuse.scene import Scene, readers
-from dsv4fuse.terms import Term
+from dsv4fuse.scene import Scene, is_tensor, readers
+from dsv4fuse.terms import Complex, Term
 
 from ._ranges import Bound, ranges
 from ._seats import Seat, dtype_of, placed, seats, unplaced
@@ -42,6 +44,8 @@ class Site:
     scale: float
     rounding: str
     bounds: tuple[Bound, ...] = ()
+    keys: Seat | None = None  # a scale for each key, of the dots or of the sum
+    of_dots: bool = False
 
     @property
     def rank(self) -> int:
@@ -57,8 +61,9 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
         if site is None or roots & {other for other, _ in scene.holders(node)}:
             continue  # a view of scores that are a site already
         roots.add(node)
-        found.append(_candidate(site, numerics))
-        found += [_candidate(masked, numerics) for masked in _masked(scene, site)]
+        for whole in (site, *_scaled(scene, site)):
+            found.append(_candidate(whole, numerics))
+            found += [_candidate(masked, numerics) for masked in _masked(scene, whole)]
     return found
 
 
@@ -70,35 +75,34 @@ def _site(scene: Scene, node: fx.Node) -> Site | None:
     if outer is None or node.meta["val"].dim() > 3:
         return None
     for rated, weights in ((outer.left, outer.right), (outer.right, outer.left)):
-        read = _rated(rated.term)
-        if read is None:
-            continue
-        dots, scale, rounding = read
-        inner = product(scene, dots, outer.summed + 1, node)
         steps = outer.rounded or node.meta["val"].dtype == F32
-        if inner is not None and steps and rated.term.dtype == weights.term.dtype:
-            return _seated(scene, node, inner, weights, scale, rounding)
+        for dots, scale, rounding, keys in _rated(rated.term):
+            inner = product(scene, dots, outer.summed + 1, node)
+            if inner is not None and steps and rated.term.dtype == weights.term.dtype:
+                site = _seated(scene, node, inner, weights, scale, rounding)
+                return site if keys is None else site and _of_keys(scene, site, keys, True)
     return None
 
 
-def _rated(t: Term) -> tuple[Term, float, str] | None:
-    """(the dots, the scale, the rounding) of a relu of dots, scaled before, after or not at all.
+def _rated(t: Term) -> Iterator[tuple[Term, float, str, Term | None]]:
+    """(the dots, the scale, the rounding, what else multiplies the dots) of a relu of dots, scaled
+    before, after or not at all.
 
     ``relu(c·x) = c·relu(x)`` bit for bit, for c > 0: rounding is symmetric and monotonic.
     """
     t, after = rules.scaled(t)
     if t.op != "maximum" or not any(rules.number(a) == 0.0 for a in t.args):
-        return None
+        return
     x = next((a for a in t.args if a.op != "const"), t)
     x, before = rules.scaled(x)
     if before <= 0 or (before != 1.0 and after != 1.0):
-        return None
-    scale = before * after
-    if x.op == "load":
-        return x, scale, "once" if x.dtype == F32 else "every"
-    if x.op == "cast" and x.dtype == F32 and x.args[0].op == "load":
-        return x.args[0], scale, "dot"
-    return None
+        return
+    both = (x.args, x.args[::-1]) if x.op == "mul" and x.dtype == F32 else ()
+    for dots, keys in ((x, None), *both):
+        if dots.op == "load":
+            yield dots, before * after, "once" if dots.dtype == F32 else "every", keys
+        if dots.op == "cast" and dots.dtype == F32 and dots.args[0].op == "load":
+            yield dots.args[0], before * after, "dot", keys
 
 
 def _seated(
@@ -111,7 +115,7 @@ def _seated(
         qs = [s for s in seats(left) if {heads, lanes} <= set(s.axes) and key not in s.axes]
         ks = [s for s in seats(right) if {key, lanes} <= set(s.axes) and heads not in s.axes]
         ws = [s for s in seats(weights) if heads in s.axes and not {key, lanes} & set(s.axes)]
-        pair = _alike(qs, ks, rounding)
+        pair = _alike(qs, ks, rounding, inner.product.meta["val"].dtype)
         ws = [s for s in ws if rounding != "every" or dtype_of(s) == node.meta["val"].dtype]
         if pair is None or not ws:
             continue
@@ -121,11 +125,14 @@ def _seated(
     return None
 
 
-def _alike(qs: list[Seat], ks: list[Seat], rounding: str) -> tuple[Seat, Seat] | None:
-    """q and k in the narrowest dtype that both are held in."""
+def _alike(
+    qs: list[Seat], ks: list[Seat], rounding: str, dots: torch.dtype
+) -> tuple[Seat, Seat] | None:
+    """q and k in the narrowest dtype that both are held in, and that rounds as the dots do."""
     pairs = [(q, k) for q in qs for k in ks if dtype_of(q) == dtype_of(k)]
     if rounding != "once":
-        pairs = [p for p in pairs if dtype_of(p[0]) in (torch.bfloat16, torch.float16)]
+        codes = (FP8,) * (rounding == "dot" and dots == torch.bfloat16)
+        pairs = [p for p in pairs if dtype_of(p[0]) in (dots, *codes)]
     return min(pairs, key=lambda p: dtype_of(p[0]).itemsize, default=None)
 
 
@@ -139,6 +146,29 @@ def _order(q: Seat, k: Seat, w: Seat, key: int) -> tuple[int | None, int | None]
     if not batch and len(tokens) == 2:
         batch = [tokens.pop(0)]
     return (batch or [None])[0], (tokens or [None])[0]
+
+
+def _of_keys(scene: Scene, site: Site, keys: Term, of_dots: bool) -> Site | None:
+    """The site with a scale that depends on the key alone, or on the batch as k does."""
+    held = seats(Operand(keys, tuple(scene.low.origins[keys])))
+    key, fitting = site.rank - 1, {site.rank - 1, site.order[0], None}
+    seat = next((s for s in held if key in s.axes and fitting.issuperset(s.axes)), None)
+    return seat and replace(site, keys=seat, of_dots=of_dots)
+
+
+def _scaled(scene: Scene, site: Site) -> Iterator[Site]:
+    """The same with each key's sums times its scale."""
+    total = scene.low.term(site.root)
+    free = site.keys is None and site.rounding != "every"
+    for user in filter(is_tensor, readers(site.root)[0] if free else ()):
+        t = scene.low.term(user)
+        if isinstance(t, Complex) or t.op != "mul" or total not in t.args:
+            continue
+        keys = t.args[t.args[0] is total]
+        behind = _of_keys(scene, replace(site, root=user), keys, False)
+        same = maps.sizes_of(user.meta["val"]) == maps.sizes_of(site.root.meta["val"])
+        if behind is not None and same:
+            yield behind
 
 
 def _masked(scene: Scene, site: Site) -> Iterator[Site]:
@@ -156,14 +186,17 @@ def _masked(scene: Scene, site: Site) -> Iterator[Site]:
 
 
 def _candidate(site: Site, numerics: str) -> Candidate:
-    held = (site.q, site.k, site.w, *(b.seat for b in site.bounds))
+    scales = () if site.keys is None else (site.keys,)
+    held = (site.q, site.k, site.w, *(b.seat for b in site.bounds), *scales)
     inputs = tuple(dict.fromkeys(s.node for s in held))
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = [tensors[inputs.index(s.node)] for s in held]
         return (_call(site, given, numerics),)
 
-    steps = f"dots, relu, head sum ({site.rounding})" + " → mask as a range" * bool(site.bounds)
+    order = ["dots", *["scales of keys"] * site.of_dots, "relu", f"head sum ({site.rounding})"]
+    steps = ", ".join(order) + " → scales of keys" * (site.keys is not None and not site.of_dots)
+    steps += " → mask as a range" * bool(site.bounds)
     shape = site.root.meta["val"].shape
     return Candidate(
         "indexer_logits",
@@ -194,12 +227,15 @@ def _call(site: Site, given: list[Tensor], numerics: str) -> Tensor:
     b = w.shape[0] if isinstance(b, int) and b == 1 else b
     w, q, k = w.expand(b, t, -1), q.expand(b, -1, -1, -1), k.expand(b, -1, -1)
     ends: dict[str, Tensor] = {}
-    for bound, n in zip(site.bounds, given[3:], strict=True):
+    for bound, n in zip(site.bounds, given[3:], strict=False):
         n = placed(n, bound.seat.axes, site.order).expand(b, t)
         ends["end" if bound.end else "start"] = n + 1 if bound.plus else n
+    if site.keys is not None:
+        ends["k_scale"] = placed(given[-1], site.keys.axes, (batch, rank - 1)).expand(b, -1)
     out = torch.ops.dsv4fuse.indexer_logits(
-        q, k, w, scale=site.scale, rounding=site.rounding, precise=numerics == "precise", **ends
-    )
+        q, k, w, scale=site.scale, scale_dots=site.of_dots, rounding=site.rounding,
+        precise=numerics == "precise", **ends,
+    )  # fmt: skip
     return unplaced(out, site.order, rank - 1)
 
 

@@ -131,8 +131,8 @@ def test_ranges(launch, which):
     shown = inside(70, start, end).expand(2, 11, 70)
     k[~shown.any(1)] = float("nan")
     out = poisoned(2, 11, 70, dtype=FP32)
-    m._launch(q, k, w, None, start, end, out, scale=1.0, rounding="once", precise=False,
-              clean=False, narrow_sum=False)  # fmt: skip
+    m._launch(q, k, w, None, start, end, out, scale=1.0, scale_dots=False, rounding="once",
+              precise=False, clean=False, narrow_sum=False)  # fmt: skip
     want = exact(q, k, w)
     assert torch.equal(out.double(), want.masked_fill(~shown, 777.0))
     got = m.indexer_logits(q, k, w, None, start, end)
@@ -145,6 +145,33 @@ def test_scales_of_fp8_keys(narrow_sum):
     k_scale = 2.0 ** torch.randint(-6, 6, (2, 37), device=DEVICE).float()
     got = m.indexer_logits(q, k, w, k_scale, narrow_sum=narrow_sum)
     assert torch.equal(got.double(), exact(q, k.double() * k_scale.unsqueeze(-1), w))
+
+
+@pytest.mark.parametrize("dtype", [FP8, BF16])
+def test_scales_of_dots(launch, dtype):
+    """Powers of two of either sign: in front of relu, a negative one turns what it lets through."""
+    q, k, w = made(2, 5, 37, 17, dtype=dtype)
+    signs = torch.randint(0, 2, (2, 37), device=DEVICE) * 2 - 1
+    k_scale = signs * 2.0 ** torch.randint(-6, 6, (2, 37), device=DEVICE).float()
+    want = exact(q, k.double() * k_scale.unsqueeze(-1), w, 0.5)
+    got = m.indexer_logits(q, k, w, k_scale, scale=0.5, scale_dots=True)
+    assert torch.equal(got.double(), want)
+    behind = m.indexer_logits(q, k, w, k_scale, scale=0.5)
+    assert not torch.equal(got, behind)
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_dots_of_fp8_round_to_bf16(precise):
+    q, k, w = made(2, 5, 37, dtype=FP8)
+    k_scale = torch.randn(2, 37, device=DEVICE)
+    dots = torch.einsum("bthd,bsd->bths", q.double(), k.double())
+    kept = dots if precise else dots.to(BF16).double()
+    assert precise or (kept != dots).any()
+    rated = kept.float() * k_scale[:, None, None]  # what is rounded is what the kernel multiplies
+    want = (rated.double().relu() * w.double().unsqueeze(-1)).sum(2)
+    got = m.indexer_logits(q, k, w, k_scale, rounding="dot", scale_dots=True, precise=precise)
+    step = want.abs().amax(-1, keepdim=True) * torch.finfo(FP32).eps
+    assert ((got - want).abs() <= 2 * step).all()
 
 
 def test_strides():
@@ -189,11 +216,17 @@ def test_any_shape(data):
         (dict(d=48), "index_head_dim 48 is no power of two"),
         (dict(heads=300), "300 heads are more"),
         (dict(dtype=torch.float64), "q must be bf16, fp16, fp32 or e4m3"),
+        (dict(dtype=FP8, rounding="every"), 'float8_e4m3fn there is no rounding "every"'),
+        (dict(dtype=FP32, rounding="dot"), 'float32 there is no rounding "dot"'),
+        (dict(k_scale=torch.ones(1, 4)), "k_scale \\[B, S\\]"),
+        (dict(scale_dots=True), "scale_dots needs k_scale"),
+        (dict(k_scale=torch.ones(1, 3), scale_dots=True, rounding="every"), 'no rounding "every"'),
     ],
 )
 def test_what_it_does_not_take(change, sentence):
+    own = {n: change[n] for n in ("rounding", "k_scale", "scale_dots") if n in change}
     with pytest.raises(ValueError, match=sentence):
-        m.indexer_logits(*made(1, 2, 3, **change))
+        m.indexer_logits(*made(1, 2, 3, **{n: v for n, v in change.items() if n not in own}), **own)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -51,6 +51,12 @@ SCALES = {
     "second": (lambda s: s, lambda s: s * x.SCALE, lambda s: s),
     "last": (lambda s: s, lambda s: s, lambda s: s * x.SCALE),
 }
+KEY_SCALES = {  # of the dots, of the sums
+    "none": (lambda s, k: s, lambda t, k: t),
+    "of dots": (lambda s, k: s * k[:, None, None], lambda t, k: t),
+    "of dots, first": (lambda s, k: k.unsqueeze(1).unsqueeze(1) * s, lambda t, k: t),
+    "of sums": (lambda s, k: s, lambda t, k: t * k.unsqueeze(1)),
+}
 
 
 def logits(hand: Hand) -> Site:
@@ -63,19 +69,24 @@ def logits(hand: Hand) -> Site:
     dots, relu = hand.pick("dots", DOTS), hand.pick("relu", RELUS, mutants=RELU_EDITS, of="relu")
     total = hand.pick("total", TOTALS, mutants=TOTAL_EDITS, of="sum")
     before, between, behind = hand.pick("scale", SCALES)
+    of_dots, of_sums = hand.pick("key scale", KEY_SCALES)
     first = hand.seam("in front")
     masks = {"no mask": None} | x.MASKS | x.WINDOWS
     mask = hand.pick("mask", masks)
     count = 0 if mask is None else 2 if hand.words["mask"] in x.WINDOWS else 1
 
-    def score(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
-        return behind(total(between(relu(before(dots(first(q), k)))), w))
+    def fn(q: Tensor, k: Tensor, w: Tensor, scales: Tensor, *ends: Tensor) -> object:
+        def score(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+            rated = between(relu(before(of_dots(dots(first(q), k), scales))))
+            return behind(of_sums(total(rated, w), scales))
 
-    fn = score if mask is None else x.visible(mask, score)
+        return (score if mask is None else x.visible(mask, score))(q, k, w, *ends)
+
     given = (
         hand.tensor("q", b, s, h, d, dtype=dtype),
         hand.tensor("k", b, t, d, dtype=dtype),
         hand.random(b, s, h, dtype=FP32),
+        hand.random(b, t, dtype=FP32),
     )
     ends = (torch.arange(s) % t + 1, torch.arange(s) // 2)[:count]
     ends = tuple(e.expand(b, s).clone() for e in ends)

@@ -185,6 +185,71 @@ SPELLINGS["mask: of the reference"] = _case(
 )
 
 
+# ---- a scale for each key, as fp8 ones have it ---------------------------------------------------
+
+
+def key_scales(*shape: int, **more: Any) -> Callable[[], tuple[Tensor, ...]]:
+    """The inputs and scales of either sign: behind relu, a negative one is another function."""
+    make = inputs(**{"q": (B, S, H, 32), "k": (B, T, 32)} | more)
+
+    def with_scales() -> tuple[Tensor, ...]:
+        q, k, *rest = make()
+        fp8 = torch.float8_e4m3fn
+        return q.to(fp8), k.to(fp8), *rest, Draw(1)(*(shape or (B, T)), dtype=FP32)
+
+    return with_scales
+
+
+def narrow_dots(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("bshd,btd->bsht", q.to(BF16), k.to(BF16)).float()
+
+
+def of_dots(q: Tensor, k: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    return total((dots(q, k) * s[:, None, None]).relu(), w)
+
+
+def of_sum(q: Tensor, k: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    return total(dots(q, k).relu(), w) * s[:, None]
+
+
+def _shown(q: Tensor, k: Tensor, w: Tensor, n: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return visible(_future, lambda q, k, w: of_sum(q, k, w, s))(q, k, w, n)
+
+
+OF_DOTS, OF_SUM = "Dots, scales of keys, relu", "→ scales of keys"
+SPELLINGS |= {
+    "keys scaled": _case(of_dots, key_scales(), OF_DOTS, "(once)"),
+    "keys scaled, rounded dots": _case(
+        lambda q, k, w, s: total((s[:, None, None] * narrow_dots(q, k)).relu(), w),
+        key_scales(), OF_DOTS, "(dot)",
+    ),
+    "keys scaled, a number behind": _case(
+        lambda q, k, w, s: total((dots(q, k) * s[:, None, None]).relu() * SCALE, w),
+        key_scales(), OF_DOTS,
+    ),
+    "keys of all batches scaled": _case(
+        lambda q, k, w, s: total(
+            (torch.einsum("bshd,td->bsht", q.float(), k.float()) * s).relu(), w
+        ),
+        key_scales(T, k=(T, 32)), OF_DOTS,
+    ),
+    "one sequence, keys scaled, scales in a column": _case(
+        lambda q, k, w, s: (
+            (torch.einsum("mhd,nd->hmn", q.float(), k.float()) * s.reshape(-1)).relu()
+            * w.unsqueeze(-1).transpose(0, 1)
+        ).sum(dim=0),
+        key_scales(T, 1, q=(S, H, 32), k=(T, 32)), OF_DOTS,
+    ),
+    "sums scaled": _case(of_sum, key_scales(), OF_SUM),
+    "sums scaled and masked": _case(
+        _shown, key_scales(bounds=1), OF_SUM + " → mask as a range"
+    ),
+    "keys scaled, dynamic": _case(
+        of_dots, key_scales(), OF_DOTS, dynamic={0: (0, 1), 1: (0, 1), 2: (0, 1), 3: (0, 1)}
+    ),
+}  # fmt: skip
+
+
 def _edit(fn: Fn, **more: Any) -> Case:
     case = _case(fn, **{"counts": {}, "like": SPELLINGS["not scaled"], "exact": True} | more)
     return replace(case, parts=())
@@ -242,6 +307,55 @@ MUTANTS: dict[str, Case] = {
     ),
     "mask: equal": _mask_edit(lambda s, p, n: s.masked_fill(p == n, INF)),
     "mask: of the scores": _mask_edit(lambda s, p, n: s.masked_fill(s.long() >= n, INF)),
+}  # fmt: skip
+
+
+def _scale_edit(fn: Fn, make: Fn, like: str = "keys scaled", **more: Any) -> Case:
+    """One that no kernel's scale is: at most the sums are taken, and the scale stays outside."""
+    more = {"counts": {}, "exact": True, "absent": ("scales of keys",)} | more
+    return replace(_case(fn, make, like=SPELLINGS[like], **more), parts=())
+
+
+TAKEN = {"counts": {NAME: 1}, "exact": False}
+MUTANTS |= {
+    "keys scaled behind relu": _scale_edit(
+        lambda q, k, w, s: total(dots(q, k).relu() * s[:, None, None], w), key_scales()
+    ),
+    "queries scaled": _scale_edit(
+        lambda q, k, w, s: total((dots(q, k) * s[:, :S, None, None]).relu(), w), key_scales()
+    ),
+    "keys scaled for each head": _scale_edit(
+        lambda q, k, w, s: total((dots(q, k) * s[:, None]).relu(), w), key_scales(B, H, T)
+    ),
+    "keys scaled by their square": _scale_edit(
+        lambda q, k, w, s: total((dots(q, k) * s[:, None, None] * s[:, None, None]).relu(), w),
+        key_scales(),
+    ),
+    "keys shifted": _scale_edit(
+        lambda q, k, w, s: total((dots(q, k) + s[:, None, None]).relu(), w), key_scales()
+    ),
+    "scaled dots rounded": _scale_edit(
+        lambda q, k, w, s: total(
+            (dots(q, k) * s[:, None, None]).to(BF16).float().relu(), w
+        ),
+        key_scales(),
+    ),
+    "sums scaled by the query": _scale_edit(
+        lambda q, k, w, s: total(dots(q, k).relu(), w) * s[:, :S, None],
+        key_scales(), "sums scaled", **TAKEN,
+    ),
+    "sums shifted by the key": _scale_edit(
+        lambda q, k, w, s: total(dots(q, k).relu(), w) + s[:, None],
+        key_scales(), "sums scaled", **TAKEN,
+    ),
+    "sums times themselves": _scale_edit(
+        lambda q, k, w, s: (lambda t: t * t)(total(dots(q, k).relu(), w)),
+        key_scales(), "sums scaled", **TAKEN,
+    ),
+    "sums scaled for each query and key": _scale_edit(
+        lambda q, k, w, s: total(dots(q, k).relu(), w) * s,
+        key_scales(B, S, T), "sums scaled", **TAKEN,
+    ),
 }  # fmt: skip
 KNOWN_MISSES: dict[str, Case] = {
     "one head": _case(hf, inputs(q=(B, S, 1, D)), why="a sum over one head is none in the terms"),
