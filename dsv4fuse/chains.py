@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 from dsv4fuse.match import Bound
-from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.scene import Atom, Hit, Scene
 from dsv4fuse.specs import CODES, SCALES
 
 
@@ -31,6 +32,20 @@ class Quantised:
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
         return (self.codes.node, *(s.node for s in self.scales))
+
+    def made_by(self, scene: Scene, atom: Atom) -> Hit | None:
+        """The atom that made the value, in the codes' own leading axes or before they were one."""
+        x, lead = self.x, self.codes.node.meta["val"].dim() - 1 - self.codes.arguments["blocked"]
+        if not x.laned or any(r not in (None, axis) for axis, r in enumerate(x.rows)):
+            return None
+        found = (scene.hit(atom, n) for n in scene.reshapes(x.node) if _lanes(n) == _lanes(x.node))
+        fitting = (h for h in found if h and (h.node is x.node or lead == 1))
+        return next(fitting, None)
+
+    def lead(self, lead: Sequence[int]) -> list[int]:
+        """The leading axes of the codes, of a value that has these."""
+        own = self.codes.node.meta["val"].dim() - 1 - self.codes.arguments["blocked"]
+        return list(lead) if len(lead) == own else [math.prod(lead)]
 
     def shaped(self, codes: Tensor, scales: Tensor, shape: list[int]) -> tuple[Tensor, ...]:
         """A kernel's codes and scales as ``outputs`` hold them; ``shape`` is the value's own."""
@@ -57,6 +72,10 @@ class Quantised:
     @property
     def unsupported(self) -> str | None:
         return divides_by_product(self.codes.arguments)
+
+
+def _lanes(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
 
 
 def divides_by_product(arguments: Mapping[str, object]) -> str | None:

@@ -192,6 +192,15 @@ class Scene:
         whole = maps.reshape(straight(node), *(maps.sizes_of(n.meta["val"]) for n in (node, base)))
         return whole is not None and self.low.read(base, whole) is self.low.term(node)
 
+    def reshapes(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The node, and those of which it is a reshape."""
+        yield node
+        mine = maps.sizes_of(node.meta["val"])
+        for other, m in list(self.low.origins.get(self.low.term(node), [])):  # type: ignore[arg-type]
+            whole = maps.sizes_of(other.meta["val"])
+            if other is not node and m == maps.reshape(straight(node), mine, whole):
+                yield other
+
     def region(self, root: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
         """The nodes between leaves (left out) and root (included) that its value is made of."""
         stop, seen, stack = set(leaves), set(), [root]

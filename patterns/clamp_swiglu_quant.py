@@ -24,7 +24,8 @@ from dsv4fuse.specs import CODES, SWIGLU
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     products = scene.outermost(SWIGLU)
-    quants = {q.x.node: q for q in quantised(scene)} if products else {}
+    made = ((q.made_by(scene, SWIGLU), q) for q in (quantised(scene) if products else ()))
+    quants = {hit.node: q for hit, q in made if hit is not None}
     return [_candidate(hit, quants.get(hit.node), numerics) for hit in products]
 
 
@@ -74,7 +75,7 @@ def _call(
     codes, scales = torch.ops.dsv4fuse.clamp_swiglu_quant(
         *flat, **arguments, **quant.arguments, by=quant.by
     )
-    return quant.shaped(codes, scales, [*lead, width])
+    return quant.shaped(codes, scales, [*quant.lead(lead), width])
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -63,10 +63,8 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
 
 def _site(scene: Scene, quant: Quantised) -> Site | None:
     """A value that is quantised row by row in its own order, if a norm made it."""
-    node = quant.x.node
-    in_order = all(r in (None, axis) for axis, r in enumerate(quant.x.rows))
-    norm = scene.hit(RMS_NORM, node) if in_order and quant.x.laned else None
-    return norm and Site(norm, quant, scene.live_without(node, quant.outputs))
+    norm = quant.made_by(scene, RMS_NORM)
+    return norm and Site(norm, quant, scene.live_without(norm.node, quant.outputs))
 
 
 def _others(scene: Scene, sites: list[Site]) -> list[Hit]:
@@ -140,7 +138,7 @@ def _call(
         **site.quant.arguments,
         by=site.quant.by,
     )
-    outs = site.quant.shaped(codes, scales, [*lead, codes.shape[-1]])
+    outs = site.quant.shaped(codes, scales, [*site.quant.lead(lead), codes.shape[-1]])
     kept = (normed.view(*lead, -1),) if site.keep else ()
     return (*outs, *kept, *((kv.view(*lead, shapes["kv"][-1]),) if site.kv else ()))
 
