@@ -46,6 +46,8 @@ def truth(
 def _exactly(node: fx.Node, args: Any, kwargs: Any) -> Any:
     floating = isinstance(args[0], Tensor) and args[0].is_floating_point() if args else False
     value = node.meta["val"]
+    if node.target is aten.view.dtype:  # bytes are those of the dtype that is viewed
+        args = (args[0].to(node.args[0].meta["val"].dtype), *args[1:])
     if node.target in CASTS and floating and value.dtype.is_floating_point:
         return args[0]
     return _wide(node.target(*args, **{**kwargs, **_summed_wide(kwargs)}))  # type: ignore[operator]

@@ -141,7 +141,8 @@ def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piec
         return low.lace(node, m, digit.coord, len(pieces), pieces[0][1])  # strided assignment
     if fixed and digit.div == 1 and not digit.whole and all(p[1] == 1 for p in pieces):
         return low.lace(node, m, digit.coord, len(pieces), digit.extent // len(pieces))  # stack
-    if digit.div * digit.size != digit.extent:
+    strided = any(step != 1 for _, _, step, _ in pieces)
+    if strided or digit.div * digit.size != digit.extent:
         raise Opaque
     cuts = [(start * digit.div, size * digit.div) for start, size, _, _ in pieces]
     return low.cat(node, m, digit.coord, cuts)

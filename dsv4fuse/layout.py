@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsv4fuse.match import Bound
 
@@ -82,6 +83,18 @@ def token_count(root: fx.Node, order: Order) -> int | torch.SymInt:
     """How many tokens (batch times sequence) a root of that order has."""
     shape = root.meta["val"].shape
     return math.prod(shape[a] for a in order[:2] if a is not None)
+
+
+def heads_first(root: fx.Node, order: Order) -> bool:
+    """Do the root's heads lie in front of its sequence in memory? An op behind a transposed tensor
+    keeps the order of what it reads, whatever the order of the axes."""
+    _, sequence, head = order
+    if sequence is None or head is None:
+        return False
+    value = root.meta["val"]
+    if any(statically_known_true(value.shape[a] == 1) for a in (sequence, head)):
+        return head < sequence
+    return statically_known_true(value.stride(head) > value.stride(sequence))
 
 
 def through(inner: Bound, outer: Bound) -> Bound:

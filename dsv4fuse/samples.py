@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import compat
+from dsv4fuse import compat, exact
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.views import VIEWS
 
+COPIES = (*exact.CASTS, torch.ops.aten.clone.default)
 SMALL = 1e-3
 DRAWS = 20  # of random inputs, until the result of one is determined (no choice among equals)
 
@@ -37,12 +38,18 @@ def draw(
 
 
 def shows(node: fx.Node, others: Collection[fx.Node]) -> fx.Node | None:
-    """That of the other nodes which node is a view of: it then holds the same values."""
-    while node.target in VIEWS:
+    """That of the other nodes which node is a view, a copy or a cast of: it holds those values."""
+    while node.target in VIEWS or _copies(node):
         node = node.all_input_nodes[0]
         if node in others:
             return node
     return None
+
+
+def _copies(node: fx.Node) -> bool:
+    """Indices are drawn for whoever reads them, which need not be their cast."""
+    value = node.meta.get("val")
+    return node.target in COPIES and isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _view(node: fx.Node, made: dict[fx.Node, Any]) -> Any:

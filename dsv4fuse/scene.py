@@ -95,6 +95,12 @@ def needed(node: fx.Node, without: Iterable[fx.Node]) -> bool:
     return False
 
 
+def _laid(t: Tensor) -> str:
+    """Shape and strides, but for those of axes of one, which nothing reads."""
+    pairs = zip(t.shape, t.stride(), strict=True)
+    return str([(n, None if maps.as_size(n) == 1 else s) for n, s in pairs])
+
+
 class Scene:
     """One graph read as terms, with what atoms found in it.
 
@@ -183,8 +189,7 @@ class Scene:
         term, value = self.low.term(node) if is_tensor(node) else None, node.meta.get("val")
         for other in self._shown.get(term, ()):  # type: ignore[arg-type]
             seen = other.meta["val"]
-            same = str((seen.shape, seen.stride())) == str((value.shape, value.stride()))
-            if other is not node and same and seen.dtype == value.dtype:
+            if other is not node and seen.dtype == value.dtype and _laid(seen) == _laid(value):
                 yield other
 
     def reshaped(self, node: fx.Node, base: fx.Node) -> bool:

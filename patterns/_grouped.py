@@ -32,8 +32,9 @@ class Rows:
     """The turned heads ``[.., H, D]`` as rows of a product's output.
 
     ``lead`` are the output's axes for batch and sequence (one for both where they are merged,
-    none where they are one token), ``group`` and ``column`` its other axes. ``apart``: the sum
-    runs through the heads of a lane, not through the lanes of a head (an einsum over two axes).
+    none where they are one token), ``group`` and ``column`` its other axes, which may be one.
+    ``apart``: the sum runs through the heads of a lane, not through the lanes of a head (an einsum
+    over two axes).
     """
 
     output: fx.Node
@@ -46,8 +47,12 @@ class Rows:
     apart: bool = False
 
     @property
-    def columns(self) -> Size:
+    def extent(self) -> Size:
         return maps.sizes_of(self.output.meta["val"])[self.column]
+
+    @property
+    def columns(self) -> Size:
+        return self.extent // self.groups if self.group == self.column else self.extent
 
     @property
     def summed(self) -> int:
@@ -57,9 +62,17 @@ class Rows:
     def size(self) -> int:
         return self.per * self.dim
 
+    def _groups(self, stride: Size) -> list[tuple[Size, int, Size, Size, Size]]:
+        """The group's number, as a term of an index."""
+        if self.group is None:
+            return []
+        merged = self.group == self.column
+        div, extent = (self.columns, self.extent) if merged else (1, self.groups)
+        return [(stride, self.group, div, self.groups, extent)]
+
     def head(self) -> Index:
-        g = [] if self.group is None else [(self.per, self.group, 1, self.groups, self.groups)]
-        return _index(*g, (1, self.summed, 1 if self.apart else self.dim, self.per, self.size))
+        heads = 1 if self.apart else self.dim
+        return _index(*self._groups(self.per), (1, self.summed, heads, self.per, self.size))
 
     def lanes(self, block: int = 1) -> Index:
         block_of = self.per * block if self.apart else block
@@ -77,16 +90,13 @@ class Rows:
     def weight(self, rows: int = 1, lanes: int = 1) -> dict[str, tuple[Index, Size]]:
         """The axes of a tensor ``[G, N/rows, K/lanes]`` or ``[G·N/rows, ..]``, and extents."""
         n, k = self.columns, self.size
-        column = (self.column, rows, n // rows, n)
-        own = [(n // rows, self.group, 1, self.groups, self.groups)]
+        column = (1, self.column, rows, n // rows, self.extent)
         return {
-            "g": (_index(*((1, *t[1:]) for t in own)) if self.group is not None else ZERO,
-                  self.groups),
-            "n": (_index((1, *column)), n // rows),
+            "g": (_index(*self._groups(1)), self.groups),
+            "n": (_index(column), n // rows),
             "k": (self._row(lanes), k // lanes),
-            "gn": (_index(*(own if self.group is not None else []), (1, *column)),
-                   self.groups * (n // rows)),
-        }  # fmt: skip
+            "gn": (_index(*self._groups(n // rows), column), self.groups * (n // rows)),
+        }
 
     def shaped(self, out: Tensor, batch: int, length: int) -> Tensor:
         """``[T,G,N]`` with the output's own axes."""
@@ -94,9 +104,9 @@ class Rows:
             out = out.unflatten(0, (batch, length))
         elif not self.lead:
             out = out.squeeze(0)
-        if self.group is None:
-            out = out.squeeze(-2)
-        axes = [a for a in (*self.lead, self.group, self.column) if a is not None]
+        if self.group in (None, self.column):
+            out = out.flatten(-2)
+        axes = [a for a in dict.fromkeys((*self.lead, self.group, self.column)) if a is not None]
         out = out.permute([axes.index(a) for a in sorted(axes)])
         for axis in range(self.summed):
             if axis not in axes:
@@ -135,7 +145,9 @@ def rows_of(
     rest = [a for a, n in enumerate(maps.sizes_of(val)) if a not in lead and n != 1]
     column = rest[-1] if rest else -1
     group = rest[0] if groups > 1 and rest else None
-    if not rest or rest != [a for a in (group, column) if a is not None]:
+    if not rest or rest != sorted({a for a in (group, column) if a is not None}):
+        return None
+    if group == column and not maps.divides(groups, val.shape[column]):
         return None
     ways = (Rows(product.output, lead, group, column, groups, per, dim, apart)
             for apart in (False, True))  # fmt: skip
@@ -220,17 +232,23 @@ def _dequantised(scene: Scene, term: Term, rows: Rows, scaled: bool) -> Iterator
         values = next(seats(scene.low.origins[codes.args[0]], rows.weight()), None)
         if values is None:
             continue
-        for node, m in scene.low.origins[scale]:
-            n, k = _block(m, rows.column, rows.columns), _block(m, rows.summed, rows.size)
-            fits = n and k and k >= 16 and k & (k - 1) == 0  # what the kernels take
-            found = next(seats([(node, m)], rows.weight(n, k)), None) if fits else None
-            if found is not None:
-                yield Weight(values, found, scaled)
-                break
+        found = (
+            seat
+            for node, m in scene.low.origins[scale]
+            for n, k in _blocks(node, rows)
+            for seat in seats([(node, m)], rows.weight(n, k))
+        )
+        scales = next(found, None)
+        if scales is not None:
+            yield Weight(values, scales, scaled)
 
 
-def _block(m: Map, coordinate: int, extent: Size) -> int | None:
-    """How many neighbours along a coordinate read the same place."""
-    digits = [t[1] for i in m for t in i.terms if t[1].coord == coordinate]
-    block = extent if not digits else digits[0].div
-    return block if len(digits) < 2 and isinstance(block, int) and extent % block == 0 else None
+def _blocks(node: fx.Node, rows: Rows) -> Iterator[tuple[int, int]]:
+    """The sizes that a scale's blocks may have, by its own: columns and lanes of a weight."""
+    counts = {e for e in maps.sizes_of(node.meta["val"]) if isinstance(e, int) and e}
+    columns = {rows.columns * g // e for e in counts for g in (1, rows.groups)}
+    for n in sorted(c for c in columns if c and rows.columns % c == 0):
+        for k in sorted(rows.size // e for e in counts):
+            fits = k >= 16 and k & (k - 1) == 0  # what the kernels take
+            if fits and rows.size % k == 0 and not (rows.apart and rows.dim % k):
+                yield n, k

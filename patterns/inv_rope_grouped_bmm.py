@@ -103,10 +103,10 @@ def _heads(
 ) -> Iterator[tuple[Rows, Quantised | None, bool]]:  # fmt: skip
     """How a factor is the turned heads: themselves, or through fp8 (and then rounded or not)."""
     shape, dtype = maps.sizes_of(hit.node.meta["val"]), hit.node.meta["val"].dtype
-    plain = term.args[0] if term.op == "cast" and widens(dtype, term.dtype) else term
-    for node, m in scene.low.origins[plain]:
-        if node is hit.node and (rows := rows_of(product, m, shape, order)):
-            yield rows, None, False
+    for plain in _unwidened(scene, term, dtype):
+        for node, m in scene.low.origins[plain]:
+            if node is hit.node and (rows := rows_of(product, m, shape, order)):
+                yield rows, None, False
     rounded = term.op == "cast" and term.dtype == dtype
     wide = term.args[0] if rounded else term
     if wide.op != "mul" or wide.dtype != F32:
@@ -117,6 +117,18 @@ def _heads(
                 rows = _through(scene, product, codes, scale, quant, hit, order)
                 if rows is not None:
                     yield rows, quant, rounded
+
+
+def _unwidened(scene: Scene, term: Term, dtype: torch.dtype) -> Iterator[Term]:
+    """What may stand in front of a cast to fp32: of a value in pieces, each piece has its own."""
+    if term.op == "cast" or not widens(dtype, term.dtype):
+        yield term.args[0] if term.op == "cast" and widens(dtype, term.dtype) else term
+        return
+    for node, m in list(scene.low.origins[term]):
+        if node.target is torch.ops.prims.convert_element_type.default:
+            source = scene.low.read(node.args[0], m)
+            if isinstance(source, Term):
+                yield source
 
 
 def _through(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, quantised
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
-from dsv4fuse.layout import Order, arrange, head_order, restore, token_count
+from dsv4fuse.layout import Order, arrange, head_order, heads_first, restore, token_count
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import CODES, INVERSE_ROPE
@@ -110,8 +110,7 @@ def _call(
     arguments = {"rope_rounding": hit.arguments["rounding"], "precise": numerics == "precise"}
     ops = torch.ops.dsv4fuse
     if grouped is None:
-        _, sequence, head = seats
-        first = sequence is not None and head is not None and head < sequence
+        first = heads_first(hit.node, seats)
         out = ops.inv_rope(x, cos, sin, heads_first=first, **arguments)
         return (restore(out, seats, hit.node.meta["val"].dim()),)
     quant = grouped.quant

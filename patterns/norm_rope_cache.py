@@ -21,7 +21,7 @@ from torch import Tensor
 from dsv4fuse import atoms
 from dsv4fuse.chains import divides_by_product, quantised
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes, undecided
-from dsv4fuse.layout import arrange, restore, token_count
+from dsv4fuse.layout import arrange, heads_first, restore, token_count
 from dsv4fuse.scene import Scene
 from dsv4fuse.specs import QUANT_LEAD, RMS_NORM, ROPE
 from dsv4fuse.writes import written, written_twice
@@ -132,7 +132,7 @@ def _call(
     arguments: dict[str, object] = {
         "rope_rounding": first.rope.arguments["rounding"],
         "precise": numerics == "precise",
-        "q_heads_first": q is not None and _heads_first(q),
+        "q_heads_first": q is not None and heads_first(q.root, q.order),
         "sum_dtype": sum_dtype(q, kv),
         **norm_arguments("q", q),
         **norm_arguments("kv", kv),
@@ -160,12 +160,6 @@ def _call(
         for leg, out in kept
         if leg is not kv or keep
     )
-
-
-def _heads_first(q: Leg) -> bool:
-    """Does the replaced q keep its heads in front of the sequence?"""
-    batch, sequence, head = q.order
-    return sequence is not None and head is not None and head < sequence
 
 
 def example(

@@ -30,6 +30,13 @@ def test_the_truth_rounds_nothing():
     torch.testing.assert_close(true, wanted, rtol=1e-14, atol=0)
 
 
+def test_bytes_are_those_of_the_dtype_that_is_viewed():
+    """In fp64 they would be twice as many and more."""
+    region, env = _graph(lambda x: (x * 2).view(torch.uint8), (5, 4))
+    (x,), last = list(env.values()), region[-1]
+    assert torch.equal(exact.truth(region, dict(env), [last])[last], (x * 2).view(torch.uint8))
+
+
 def test_values_go_after_their_last_use():
     region, env = _graph(lambda x: ((x + 1) * 2, (x + 1).float().sum()), (4, 4))
     ends = [n for n in region if not n.users or list(n.users)[0].op == "output"]

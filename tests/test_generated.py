@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from .generate import __main__ as runner
 from .generate import _check, _draws, _mutants, _programs
+from .generate._found import FOUND, FOUND_BETWEEN
 from .generate._hand import Hand
 
 # One example is one to three sequences; the profile "long" draws thousands.
@@ -43,6 +44,14 @@ def test_each_family(name):
 
 def _first(strategy):
     return strategy.elements[0]
+
+
+@pytest.mark.parametrize("name", [*FOUND, *FOUND_BETWEEN])
+def test_what_was_found_once(name):
+    family, words = {**FOUND, **FOUND_BETWEEN}[name]
+    site = _programs.families()[family](Hand(_first, words))
+    assert site.words.items() >= words.items()
+    _whole(_check.check(_programs.joined([site], name in FOUND_BETWEEN)))
 
 
 @FEW

@@ -25,7 +25,7 @@ from ._check import Outcome
 from ._mutants import Mutant
 
 COMPILED = 20  # one program of this many goes through torch.compile
-KEPT = 400  # failures whose programs are written out
+KEPT = 100  # failures of a kind whose programs are written out
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Tally:
     def __iadd__(self, other: Tally) -> Tally:
         self.counts += other.counts
         self.edits += other.edits
-        self.failures = (self.failures + other.failures)[:KEPT]
+        for failure in other.failures:
+            if sum(f["what"] == failure["what"] for f in self.failures) < KEPT:
+                self.failures.append(failure)
         return self
 
     def failed(self, what: str, said: str, program: str, seed: int) -> None:

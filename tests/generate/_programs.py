@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +59,16 @@ def mutant(draw: Draw, only: str = "") -> tuple[Site, Site] | None:
 
 
 def program(draw: Draw, only: str = "") -> Site:
-    """One to three sequences one after another, as one function of all their inputs.
+    """One to three sequences one after another, as one function of all their inputs."""
+    sites = [site(draw, only) for _ in range(draw(st.sampled_from(SITES)))]
+    return joined(sites, draw(st.booleans()), draw(st.integers(0, 3)) == 0)
 
-    ``between``: work that is none of theirs, and other readers of what they read and return.
+
+def joined(sites: Sequence[Site], between: bool = False, layers: bool = False) -> Site:
+    """``between``: work that is none of theirs, and other readers of what they read and return.
     ``layers``: each that writes no cache once more, on other values with the same weights.
     """
-    sites = [site(draw, only) for _ in range(draw(st.sampled_from(SITES)))]
     words = {str(i): repr(s) for i, s in enumerate(sites)}
-    between, layers = draw(st.booleans()), draw(st.integers(0, 3)) == 0
     words["between"] = "other work" if between else "nothing"
     words["layers"] = "2" if layers else "1"
 

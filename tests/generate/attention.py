@@ -52,7 +52,7 @@ def tokens_first(hand: Hand) -> Site:
         s = mask(scores(a, k).float() * dense.SCALE, seen.unsqueeze(2))
         return last(values(weigh(s, sinks.view(1, 1, -1, 1)).to(k.dtype), k).to(q.dtype))
 
-    q, kv, seen, sinks = dense.inputs(dtype=dtype, sizes=sizes)()
+    q, kv, seen, sinks = dense.inputs(dtype=dtype, sizes=sizes)(hand.random)
     q = hand.tensor("q", *q.shape, dtype=dtype)
     return hand.site("sink_attention", fn, (q, kv, seen, sinks), {"sink_attention": 1}, exact=False)
 
@@ -74,7 +74,9 @@ def heads_first(hand: Hand) -> Site:
     first = hand.seam("in front")
     q, kv, mask, sinks = dense.inputs(
         first=True, mask=kind, dtype=dtype, sinks=dtype, sizes=sizes
-    )()
+    )(hand.random)
+    if hand.words["scale"] == "not":  # logits of no more than a model's
+        q = q * dense.SCALE
 
     def whole(q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
         return fn(q, first(kv), mask, sinks)
@@ -111,7 +113,7 @@ def chosen(hand: Hand) -> Site:
     def whole(q: Tensor, kv: Tensor, at: Tensor, sinks: Tensor) -> Tensor:
         return last(fn(first(q), kv, at, sinks))
 
-    given = sparse.inputs(sizes, index, none)()
+    given = sparse.inputs(sizes, index, none)(hand.random)
     name = "sparse_sink_attention"
     return hand.site(name, whole, given, {name: 1}, exact=False)
 

@@ -59,7 +59,7 @@ def rings(hand: Hand) -> Site:
     )
     series = 2 if overlap else 1
     fn = p.ring(overlap, mask=mask, result=result, **way)
-    given = c.ring_inputs(series, series * p.RATIO + hand.number("more", (2, 0, 5)))()
+    given = c.ring_inputs(series, series * p.RATIO + hand.number("more", (2, 0, 5)))(hand.random)
     return hand.site(NAME, fn, given, ONE)
 
 

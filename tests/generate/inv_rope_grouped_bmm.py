@@ -45,7 +45,7 @@ def projection(hand: Hand) -> Site:
         return product(y.float(), kind(w, scale)).to(x.dtype)
 
     x = hand.tensor("x", g.B, g.S, g.H, g.DIM, dtype=dtype)
-    weights = g.usual(dtype=dtype, e4m3=kind is not None)()[3:]
+    weights = g.usual(dtype=dtype, e4m3=kind is not None)(hand.random)[3:]
     return hand.site(NAME, fn, (x, *tables(g.B, g.S, 1), *weights), {NAME: 1}, exact=False)
 
 

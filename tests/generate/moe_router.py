@@ -79,7 +79,7 @@ def by_id(hand: Hand) -> Site:
     def fn(x: Tensor, table: Tensor, ids: Tensor):
         return r.look_up(first(x), table, ids, find=find, **pieces)
 
-    return hand.site("moe_router", fn, (x, r._table(), ids), ONE, exact=False)
+    return hand.site("moe_router", fn, (x, r._table(hand.random), ids), ONE, exact=False)
 
 
 FAMILIES = {"by top-k": by_top, "by token id": by_id}

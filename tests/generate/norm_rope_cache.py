@@ -171,7 +171,7 @@ def packed(hand: Hand) -> Site:
     def fn(x: Tensor, w: Tensor, cache: Tensor, at: Tensor, *table: Tensor) -> None:
         put(cache, at, _packed.pack(rope(between(norm(first(x), w)), *table), **pieces))
 
-    _, _, *_, cache, at = _packed.inputs()
+    _, _, *_, cache, at = _packed.inputs(hand.random)
     x = hand.tensor("x", len(at), DIM, dtype=BF16)
     return hand.site(NAME, fn, (x, w, cache, at, *tables(len(at))), ONE)
 

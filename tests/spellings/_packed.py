@@ -39,9 +39,9 @@ def pack(
     return torch.cat([parts[i] for i in order], dim=-1)
 
 
-def inputs() -> tuple[Tensor, ...]:
+def inputs(draw: Draw | None = None) -> tuple[Tensor, ...]:
     """kv rows, weight, tables, the cache of bytes, slots."""
-    draw = Draw()
+    draw = draw or Draw()
     table = tables(draw, TOKENS)
     cache = torch.full((SLOTS, ROW), 171, dtype=U8)
     return draw(TOKENS, DIM), draw(DIM), *table, cache, draw.permutation(SLOTS)[:TOKENS]

@@ -136,8 +136,8 @@ RING = ("Gather", "norm", "rope", "cache write", "not computed")
 def ring_inputs(series: int, ring: int, count: int = 1) -> Fn:
     """Rings, positions of which the last of each request ends a window, and a cache."""
 
-    def inputs() -> tuple[Any, ...]:
-        draw = Draw()
+    def inputs(draw: Draw | None = None) -> tuple[Any, ...]:
+        draw = draw or Draw()
         last = torch.tensor([[1], [2]]) * RATIO - 1  # a window with none before it, and one
         positions = last + torch.arange(1 - count, 1)
         kv = draw(BATCH, ring + 1, series * DIM)

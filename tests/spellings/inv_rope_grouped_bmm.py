@@ -32,8 +32,8 @@ def inputs(
 ) -> Callable[[], tuple[Tensor, ...]]:  # fmt: skip
     """o, cos and sin (or for tables None the frequencies), the weights ``[G·N, K]`` as on disk."""
 
-    def make() -> tuple[Tensor, ...]:
-        draw = Draw()
+    def make(draw: Draw | None = None) -> tuple[Tensor, ...]:
+        draw = draw or Draw()
         x, (cos, sin) = draw(*lead, DIM, dtype=dtype), draw.angles(*table, ROPE // 2)
         turn = (torch.complex(cos, sin),) if tables is None else (cos.to(tables), sin.to(tables))
         k = HEADS // groups * DIM

@@ -76,8 +76,8 @@ class Reference(nn.Module):
         return weights, indices
 
 
-def _table() -> Tensor:
-    draw = Draw(5)
+def _table(draw: Draw | None = None) -> Tensor:
+    draw = draw or Draw(5)
     return torch.stack([draw.permutation(E)[:K] for _ in range(VOCAB)])
 
 

@@ -27,8 +27,8 @@ def inputs(
     """q ``[B,S,H,D]`` (first: ``[B,H,S,D]``), kv ``[B,T,D]`` (own: ``[B,S,T,D]``), a mask
     ``[B,S,T]``, True = seen, or 0, finite values and -inf; sinks ``[H]``."""
 
-    def make() -> tuple[Tensor, ...]:
-        draw = Draw()
+    def make(draw: Draw | None = None) -> tuple[Tensor, ...]:
+        draw = draw or Draw()
         b, s, h, t = sizes
         q = draw(b, h, s, DIM, dtype=dtype) if first else draw(b, s, h, DIM, dtype=dtype)
         kv = draw(b, s, t, DIM, dtype=dtype) if own else draw(b, t, DIM, dtype=dtype)

@@ -24,8 +24,8 @@ def inputs(
 ) -> Callable[[], tuple[Tensor, ...]]:
     """q ``[B,S,H,D]``, kv ``[B,N,D]``, index ``[B,S,K]`` (negative: none), sinks ``[H]``."""
 
-    def make() -> tuple[Tensor, ...]:
-        draw, (b, s) = Draw(), sizes
+    def make(draw: Draw | None = None) -> tuple[Tensor, ...]:
+        draw, (b, s) = draw or Draw(), sizes
         q, kv = draw(b, s, HEADS, DIM), draw(b, ROWS, DIM)
         at = torch.rand(b, s, ROWS, generator=draw.generator).topk(CHOSEN, -1).indices
         if none:
