@@ -96,6 +96,16 @@ def test_the_check_refuses_what_a_loose_matcher_would_take(name):
     assert sum(s == "rejected" for _, s in said) > 0.7 * len(said), said
 
 
+def test_the_check_sees_a_rounding_that_the_fused_op_lacks():
+    """The fused op is then nearer to exact arithmetic than the module: another function all the
+    same."""
+    site = _programs.families()["hyper_connections: head"](Hand(_first, {"dtype": "fp32"}))
+    found = [m for m in _mutants.every(site, ("rounded",)) if not m.void and m.forced]
+    said = [m.forced for m in found]
+    assert len(said) > 5 and set(said) <= {"rejected", "equal"}, [(m.edit, m.forced) for m in found]
+    assert said.count("rejected") > 0.7 * len(said), said
+
+
 def test_two_ways_to_the_graph_are_one():
     """The light tracer shows the pass what torch.compile does."""
     for name in ("norm_rope_cache: kv written", "inv_rope_quant: in groups"):

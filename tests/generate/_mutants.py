@@ -34,7 +34,8 @@ class Mutant:
     """``void``: the edit changes nothing on these inputs. ``taken``: it was fused all the same,
     as what it is. ``wrong``: fused to something else. ``forced``: what the check on random inputs
     says of the mutant's nodes for the original's op: "rejected", "equal" (it computes the same
-    there), "close" (within what the check allows), "" where nothing was forced."""
+    there), "rounded" (in exact arithmetic it does, to a rounding of the result), "close" (within
+    what the check allows), "" where nothing was forced."""
 
     program: str
     edit: str
@@ -166,14 +167,19 @@ def _forced(candidate: Candidate, copies: dict[fx.Node, fx.Node], graph: fx.Grap
         back = {copies[n]: n for n in copies}
         if made is None or any(n not in back for n in made):
             return "close"
-        own = exact.run(region, dict(made), ends)
-        old = exact.run(was, {back[n]: v for n, v in made.items()}, tuple(back[e] for e in ends))
-    same = all(_bits(own[e], old[back[e]]) for e in ends)
-    return "equal" if same else "close"
+        given, olds = {back[n]: v for n, v in made.items()}, tuple(back[e] for e in ends)
+        for verdict, way in (("equal", exact.run), ("rounded", exact.truth)):
+            own, old = way(region, dict(made), ends), way(was, dict(given), olds)
+            if all(_same(own[e], old[back[e]], e.meta["val"].dtype) for e in ends):
+                return verdict
+    return "close"
 
 
-def _bits(a: Tensor, b: Tensor) -> bool:
-    return _check.difference(a, b, exact=True) is None
+def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Equal bits, or in fp64 no rounding step of the result apart."""
+    if a.dtype != torch.float64:
+        return _check.difference(a, b, exact=True) is None
+    return torch.equal(a.isnan(), b.isnan()) and verify._steps(a, b, dtype) <= 1
 
 
 def _moved(candidate: Candidate, copies: dict[fx.Node, fx.Node]) -> Candidate:
