@@ -28,6 +28,7 @@ from dsv4fuse import ops
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.kernels import _common as common
+from dsv4fuse.report import FusionError
 
 assert ops  # all kernels: what is imported later would take "launched on a CPU" for interpreted
 # KiB of shared memory that a program may have, by ten times the compute capability.
@@ -161,8 +162,11 @@ def launches(
             made = registry()[name].examples[variant](t, sizes, "cpu")
             options = {**OPTIONS, "expect": {name: 1}}
             fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
-            with contextlib.suppress(NotImplementedError, ValueError):
-                fused(*made.inputs)  # behind the launch there may be what only a GPU computes
+            try:
+                fused(*made.inputs)
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, FusionError):
+                    raise  # others: behind the launch there may be what only a GPU computes
             found += [Launch(name, variant, t, b) for b in built]
     return found
 

@@ -45,8 +45,7 @@ def mul_rn(a, b):
 def narrow(x, dtype: tl.constexpr, PURE: tl.constexpr = True):
     """fp32 → dtype, nearest even. Two at a time: the single conversion runs at a quarter rate.
 
-    Not PURE: what x is made of keeps its layout, though a product reads the result. The compiler
-    would give each of the loads behind it the layout of the product's operand.
+    Not PURE: x's loads keep their layout where a product reads the result, and do not take its.
     """
     if INTERPRET or dtype == tl.float32:
         return x.to(dtype)
