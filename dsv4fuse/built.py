@@ -28,9 +28,10 @@ from dsv4fuse import ops
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.kernels import _common as common
+from dsv4fuse.kernels._launch import instead_of_launches
 from dsv4fuse.report import FusionError
 
-assert ops  # all kernels: what is imported later would take "launched on a CPU" for interpreted
+assert ops  # all kernels: one imported later would take "also on a CPU" for interpreted
 # KiB of shared memory that a program may have, by ten times the compute capability.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 OPTIONS = {"select": "always", "inner": "eager", "verify": False}
@@ -93,12 +94,11 @@ def building(capability: int = 90) -> Iterator[list[Built]]:
         raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile.")
     found: list[Built] = []
     known = {None}
-    launch, active, launched = JITFunction.run, driver._active, common.INTERPRETED
 
-    def only_compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def only_compile(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         started = time.perf_counter()
         try:
-            made = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+            made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
         except Exception as error:  # of a compiler: the launches behind this one count as well
             found.append(Built(kernel.__name__, error=_first_line(error)))
             return
@@ -106,15 +106,15 @@ def building(capability: int = 90) -> Iterator[list[Built]]:
             known.add(made)
             found.append(_built(made, time.perf_counter() - started))
 
+    active, launched = driver._active, common.INTERPRETED
     driver.set_active(_Absent(capability))  # type: ignore[arg-type]
-    JITFunction.run = only_compiled
     common.INTERPRETED = True  # launch also on a CPU
     try:
-        with triton.knobs.compilation.scope():
+        with instead_of_launches(only_compile), triton.knobs.compilation.scope():
             triton.knobs.compilation.always_compile = True
             yield found
     finally:
-        driver._active, JITFunction.run, common.INTERPRETED = active, launch, launched
+        driver._active, common.INTERPRETED = active, launched
 
 
 def _built(made: Any, seconds: float) -> Built:

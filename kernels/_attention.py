@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _common as common
-from ._common import INTERPRETED, cdiv
+from ._common import cdiv
 from ._flash import BARRED, attention_kernel, live_tiles_kernel, merge_kernel
+from ._launch import wrap_triton
 
 MASKS = {"add": 1, "allowed": 2, "hidden": 3}
 
@@ -129,7 +129,7 @@ def launch(
 
 
 def _run(kernel: Any, grid: tuple[Any, ...]) -> Any:
-    return (kernel if INTERPRETED else wrap_triton(kernel))[grid]
+    return wrap_triton(kernel)[grid]
 
 
 def _list(

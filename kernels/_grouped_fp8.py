@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
+from torch.library import custom_op, triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from . import inv_rope_quant as rope
-from ._common import INTERPRETED
 from ._grouped import grouped_fp8_kernel
+from ._launch import wrap_triton
 from ._projection import TILES, allocate, check, columns_of, output, product, weights
 
 BF16_ROWS = "the products of single groups come as dense rows of bf16"
@@ -53,8 +53,7 @@ def launch(
     tile = common.launch_config(TILES["fp8"], tokens)
     columns = columns_of(tile, groups, tokens, n)
     grid = (groups * common.cdiv(tokens, tile.rows) * common.cdiv(n, columns),)
-    kernel = grouped_fp8_kernel if INTERPRETED else wrap_triton(grouped_fp8_kernel)
-    kernel[grid](
+    wrap_triton(grouped_fp8_kernel)[grid](
         a_ptr=codes, as_ptr=scales, w_ptr=w, ws_ptr=w_scale, out_ptr=out, tokens=tokens,
         a_st=codes.stride(0), a_sg=codes.stride(1), as_sg=scales.stride(0),
         as_sk=scales.stride(1), w_sg=w.stride(0), w_sn=w.stride(1), ws_sg=w_scale.stride(0),

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _common as common
-from ._common import INTERPRETED
 from ._hyper_finish import finish_kernel
 from ._hyper_mixes import mixes_kernel, split_kernel
+from ._launch import wrap_triton
 
 BF16, F32 = torch.bfloat16, torch.float32
 STREAMS = 4  # hc_mult that the kernels are written for
@@ -106,8 +105,7 @@ def launch(
     block = block if norm is not None else max(64, min(config.columns, block))
     weights = 0 if post is None else common.cdiv(tokens, config.rows)
     some = x if y is None else y
-    kernel = finish_kernel if INTERPRETED else wrap_triton(finish_kernel)
-    kernel[(weights + tokens * math.ceil(d / block),)](
+    wrap_triton(finish_kernel)[(weights + tokens * math.ceil(d / block),)](
         x, made.partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
         some, some if normed_y is None else normed_y, some if post is None else post,
         some if comb is None else comb, tokens, weights, x.stride(0), x.stride(1),
@@ -127,8 +125,7 @@ def _partial(x: Tensor, fn: Tensor, config: Launch, n: int) -> Tensor:
     parts = c.groups if config.whole else c.groups * c.chunks
     partial = x.new_empty((parts, tokens, n), dtype=torch.float32)
     factor = thirds_of(fn) if config.ready else fn
-    kernel = mixes_kernel if INTERPRETED else wrap_triton(mixes_kernel)
-    kernel[(parts * common.cdiv(tokens, TOKENS),)](
+    wrap_triton(mixes_kernel)[(parts * common.cdiv(tokens, TOKENS),)](
         x, factor, partial, tokens, x.stride(0), x.stride(1), factor.stride(-2),
         D=d, OUT=fn.shape[0], N=n, STEP=c.step, CHUNKS=c.chunks if config.whole else 1,
         PARTS=parts, TOKENS=TOKENS, READY=config.ready, num_warps=4, num_stages=3,
@@ -146,8 +143,7 @@ def thirds_of(fn: Tensor) -> Tensor:
     """fn ``[m, K]`` as three bf16 ``[3, m, K]`` whose sum it is."""
     made = fn.new_empty((3, *fn.shape), dtype=torch.bfloat16)
     size, block = fn.shape[0] * fn.shape[1], 1024
-    kernel = split_kernel if INTERPRETED else wrap_triton(split_kernel)
-    kernel[(common.cdiv(size, block),)](
+    wrap_triton(split_kernel)[(common.cdiv(size, block),)](
         fn, made, size, fn.stride(0), K=fn.shape[1], BLOCK=block, num_warps=4
     )
     return made

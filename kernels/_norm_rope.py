@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _common as common
-from ._common import INTERPRETED, Config
+from ._common import Config
+from ._launch import wrap_triton
 from ._norms import out_dtype
 from ._rows import norm_rope_kernel
 
@@ -180,8 +180,7 @@ def launch(
     kv_programs = 0 if kv is None else common.cdiv(tokens, kv_rows)
     every = {"once": False, "every": not precise}[rope_rounding]
     q_every, kv_every = (every and cos.dtype == out.dtype for out in (q_out, kv_out))
-    kernel = norm_rope_kernel if INTERPRETED else wrap_triton(norm_rope_kernel)
-    kernel[(q_programs + kv_programs,)](
+    wrap_triton(norm_rope_kernel)[(q_programs + kv_programs,)](
         **_row_arguments(q, "q", cos, q_weight, q_norm, q_eps, q_every, "bsh", sum_dtype),
         **_row_arguments(kv, "kv", cos, kv_weight, kv_norm, kv_eps, kv_every, "bs",
                          sum_dtype),

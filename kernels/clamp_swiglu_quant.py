@@ -25,13 +25,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from ._common import (
-    INTERPRETED,
     Config,
     abs_max,
     block_scale,
@@ -44,6 +43,7 @@ from ._common import (
     scale_byte,
     silu,
 )
+from ._launch import wrap_triton
 
 # One warp per program: the choice of silu's division (see ``silu``) is then one redux, without a
 # barrier. Few tokens: small programs, so that all SMs share the exponentials. Many tokens: two
@@ -184,8 +184,7 @@ def _launch(
     padded = common.align4(tokens) if col_major else tokens
     scale_strides = (1, scales.stride(0)) if col_major else scales.stride()
     grid = (common.cdiv(padded, config.rows) * common.cdiv(columns, block),)
-    kernel = clamp_swiglu_kernel if INTERPRETED else wrap_triton(clamp_swiglu_kernel)
-    kernel[grid](
+    wrap_triton(clamp_swiglu_kernel)[grid](
         gate, up, gate if weight is None else weight, out, scales, tokens, padded,
         *gate.stride(), *up.stride(), 0 if weight is None else weight.stride(0),
         *scale_strides,

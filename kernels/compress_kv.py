@@ -34,15 +34,15 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from . import _norm_rope as host
 from . import norm_rope_cache as rows
-from ._common import INTERPRETED
 from ._compress import compress_kernel
+from ._launch import wrap_triton
 from ._norms import out_dtype
 from ._windows import FINISH_WARPS, check, choose
 
@@ -100,7 +100,7 @@ def launch(
         EVERY=rope_rounding == "every" and not precise and cos.dtype == out.dtype,
         PRECISE=precise, KEEP=keep, SPARE=int(spare),
     )  # fmt: skip
-    kernel = compress_kernel if INTERPRETED else wrap_triton(compress_kernel)
+    kernel = wrap_triton(compress_kernel)
     parts, whole = triton.cdiv(z.dim, block), triton.next_power_of_2(z.dim)
     few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
     run = z.count * chosen.batches if few else 1

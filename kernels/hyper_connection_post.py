@@ -16,13 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
-from ._common import INTERPRETED, Config, mul_rn, narrow, round_few, round_to
+from ._common import Config, mul_rn, narrow, round_few, round_to
 from ._hyper import STREAMS
+from ._launch import wrap_triton
 
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (64, Config(rows=1, warps=4, columns=512)),
@@ -121,8 +122,7 @@ def hyper_connection_post(
     new = out.new_empty((tokens, n, d))
     config = common.launch_config(CONFIGS, tokens)
     columns = max(64, min(config.columns, triton.next_power_of_2(d)))
-    kernel = post_kernel if INTERPRETED else wrap_triton(post_kernel)
-    kernel[(tokens * common.cdiv(d, columns),)](
+    wrap_triton(post_kernel)[(tokens * common.cdiv(d, columns),)](
         out, x, post, comb, new, tokens, out.stride(0), *x.stride()[:2], *post.stride(),
         *comb.stride(), D=d, COLUMNS=columns, EVERY=rounding == "every" and not precise,
         EXACT=not precise, num_warps=min(config.warps, columns // 64),

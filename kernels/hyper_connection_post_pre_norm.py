@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -30,8 +30,9 @@ from . import _common as common
 from . import _hyper as hyper
 from . import hyper_connection_post as behind
 from . import hyper_connection_pre as ahead
-from ._common import INTERPRETED, narrow, round_few
+from ._common import narrow, round_few
 from ._hyper_mixes import product, sum_of_squares
+from ._launch import wrap_triton
 from ._norms import out_dtype
 from .hyper_connection_post import joined
 
@@ -150,8 +151,7 @@ def _sums(
     parts = d // (c.step * chunks)  # of each stream
     partial = x.new_empty((streams * parts, tokens, n), dtype=hyper.F32)
     factor = hyper.thirds_of(fn) if ready else fn
-    kernel = post_mixes_kernel if INTERPRETED else wrap_triton(post_mixes_kernel)
-    kernel[(parts * common.cdiv(tokens, hyper.TOKENS),)](
+    wrap_triton(post_mixes_kernel)[(parts * common.cdiv(tokens, hyper.TOKENS),)](
         out, x, post, comb, new, factor, partial, tokens, out.stride(0), *x.stride()[:2],
         *post.stride(), *comb.stride(), factor.stride(-2),
         D=d, OUT=fn.shape[0], N=n, STEP=c.step, CHUNKS=chunks, PARTS=parts, TOKENS=hyper.TOKENS,

@@ -31,10 +31,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from . import _common as common
 from ._common import INTERPRET, INTERPRETED, long, max_nan, round_to
+from ._launch import wrap_triton
 
 # Of fp32 operands, six products of bf16 parts: on an H200 nearer to fp64 than eager's FMA, where
 # tf32x3 is farther from it. The interpreter computes in fp32 and knows no such name.
@@ -232,8 +233,7 @@ def _launch(
     width = max(1, min(c.dot, 256 // pad))
     strides = ((0, 0) if t is None else t.stride() for t in (k_scale, start, end))
     grid = (common.cdiv(keys, c.keys), common.cdiv(tokens, c.tokens), batch)
-    kernel = indexer_logits_kernel if INTERPRETED else wrap_triton(indexer_logits_kernel)
-    kernel[grid](
+    wrap_triton(indexer_logits_kernel)[grid](
         q, k, w, *(w if t is None else t for t in (k_scale, start, end)), out, tokens, keys,
         *q.stride()[:3], *k.stride()[:2], *w.stride(), *(s for pair in strides for s in pair),
         *out.stride()[:2],

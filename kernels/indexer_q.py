@@ -23,14 +23,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from ._common import (
     INTERPRET,
-    INTERPRETED,
     Config,
     abs_max,
     batch_and_position,
@@ -38,6 +37,7 @@ from ._common import (
     divide,
     round_to,
 )
+from ._launch import wrap_triton
 from ._rows import load_rotated
 from .indexer_logits import WIDE_DOT
 
@@ -147,8 +147,7 @@ def _launch(
     common.require_static(heads=heads, head_dim=d, rope_dim=cos.shape[-1])
     tokens = batch * length
     config = common.launch_config(CONFIGS if matrix is None else TURNED, tokens)
-    kernel = indexer_q_kernel if INTERPRETED else wrap_triton(indexer_q_kernel)
-    kernel[(common.cdiv(tokens * heads, config.rows),)](
+    wrap_triton(indexer_q_kernel)[(common.cdiv(tokens * heads, config.rows),)](
         x, cos, sin, x if matrix is None else matrix, out, out if scales is None else scales,
         tokens, length, *x.stride()[:3], *cos.stride(), *sin.stride(),
         *((0, 0) if matrix is None else matrix.stride()),

@@ -26,15 +26,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from . import inv_rope_quant as rope
-from ._common import INTERPRETED
 from ._grouped import grouped_kernel, tail_kernel
 from ._grouped_fp8 import inv_rope_grouped_fp8  # noqa: F401  (registers it beside these)
+from ._launch import wrap_triton
 from ._projection import (
     TILES,
     allocate,
@@ -66,8 +66,7 @@ def _turn_tail(o: Tensor, out: Tensor | None, table: dict) -> None:
     common.require(half & (half - 1) == 0, f"rope_dim {2 * half} is no power of two")
     # Inductor would realise o once more for each argument that it is, hence cos for nothing.
     to, place = (table["cos_ptr"], o) if out is None else (out, out)
-    kernel = tail_kernel if INTERPRETED else wrap_triton(tail_kernel)
-    kernel[(common.cdiv(batch * length * heads, TAIL_ROWS),)](
+    wrap_triton(tail_kernel)[(common.cdiv(batch * length * heads, TAIL_ROWS),)](
         o_ptr=o, out_ptr=to, o_sb=o.stride(0), o_ss=o.stride(1), o_sh=o.stride(2),
         r_sb=place.stride(0), r_ss=place.stride(1), r_sh=place.stride(2), **table,
         NOPE=d - 2 * half, HALF=half, HEADS=heads, ROWS=TAIL_ROWS, IN_PLACE=out is None,
@@ -97,8 +96,7 @@ def _launch(
     grid = (groups * common.cdiv(batch * length, tile.rows) * common.cdiv(n, columns),)
     r, ws = (o if tail is None else tail), (w if w_scale is None else w_scale)
     nothing = table["cos_ptr"]
-    kernel = grouped_kernel if INTERPRETED else wrap_triton(grouped_kernel)
-    kernel[grid](
+    wrap_triton(grouped_kernel)[grid](
         o_ptr=o, tail_ptr=nothing if tail is None else tail, w_ptr=w,
         ws_ptr=nothing if w_scale is None else w_scale, out_ptr=out,
         o_sb=o.stride(0), o_ss=o.stride(1), o_sh=o.stride(2),

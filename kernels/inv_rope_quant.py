@@ -25,14 +25,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
 from . import norm_rope_cache as rows
 from ._common import (
-    INTERPRETED,
     Config,
     abs_max,
     batch_and_position,
@@ -41,6 +40,7 @@ from ._common import (
     rotate,
     round_to,
 )
+from ._launch import wrap_triton
 
 # Tokens per program by token count; columns = elements of one head per program, 0 = all of
 # them. One warp: a block's amax is a shuffle, no barrier. 4 tokens make one 16-byte store of
@@ -164,8 +164,7 @@ def _launch(
     padded = common.align4(tokens) if col_major else tokens
     sg, sk, st = scales.stride() if col_major else (*scales.stride()[1:], scales.stride(0))
     grid = (common.cdiv(padded, config.rows) * heads * (d // group // blocks),)
-    kernel = inv_rope_quant_kernel if INTERPRETED else wrap_triton(inv_rope_quant_kernel)
-    kernel[grid](
+    wrap_triton(inv_rope_quant_kernel)[grid](
         o, codes, scales, cos, sin, tokens, padded, length, *o.stride()[:3],
         *codes.stride()[:2], st, sg, sk, *cos.stride(), *sin.stride(),
         D=d, NOPE=d - 2 * cos.shape[-1], HEADS=heads, PER=heads // codes.shape[1], GROUP=group,

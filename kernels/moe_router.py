@@ -29,12 +29,13 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
-from ._common import INTERPRETED, Config
+from ._common import Config
+from ._launch import wrap_triton
 from ._router import DTYPES, FUNCS, moe_router_kernel
 
 # One warp per program: the maxima over a row are then single redux instructions, no barrier.
@@ -78,8 +79,7 @@ def _launch(
     config = common.launch_config(CONFIGS if ids is None else HASH_CONFIGS, tokens)
     table_strides = (0, 0) if table is None else table.stride()
     choice = scores if bias is None else torch.promote_types(scores, bias.dtype)
-    kernel = moe_router_kernel if INTERPRETED else wrap_triton(moe_router_kernel)
-    kernel[(common.cdiv(tokens, config.rows),)](
+    wrap_triton(moe_router_kernel)[(common.cdiv(tokens, config.rows),)](
         logits, logits if bias is None else bias, chosen if table is None else table,
         chosen if ids is None else ids, weights, chosen, tokens,
         0 if table is None else table.shape[0], *logits.stride(), *table_strides,

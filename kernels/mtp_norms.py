@@ -21,12 +21,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
-from ._common import INTERPRETED, narrow
+from ._common import narrow
+from ._launch import wrap_triton
 from ._norms import out_dtype, reciprocal_rms, scaled, squares
 
 MAX_WIDTH = 8192
@@ -142,8 +143,7 @@ def mtp_norms(
     common.require_static(streams=n, hidden_size=d)
     e_out, h_out = allocate(e, e_weight, e_norm, h, h_weight, h_norm)
     block = triton.next_power_of_2(d)
-    kernel = mtp_norms_kernel if INTERPRETED else wrap_triton(mtp_norms_kernel)
-    kernel[(tokens * (n + 1),)](
+    wrap_triton(mtp_norms_kernel)[(tokens * (n + 1),)](
         e, e if e_weight is None else e_weight, e_out, e if positions is None else positions,
         h, h if h_weight is None else h_weight, h_out, e.stride(0),
         0 if positions is None else positions.stride(0), *h.stride()[:2],

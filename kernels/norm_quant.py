@@ -25,12 +25,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from dsv4fuse import atoms
 
 from . import _common as common
-from ._common import INTERPRETED, Config, abs_max, block_scale, divide, narrow, scale_byte
+from ._common import Config, abs_max, block_scale, divide, narrow, scale_byte
+from ._launch import wrap_triton
 from ._norms import (
     load_piece,
     load_weight,
@@ -215,8 +216,7 @@ def _launch(
     grid = (q_programs + (common.cdiv(tokens, kv_rows) if m else 0),)
     codes, scales, normed, kv_out = outs
     s_st, s_sg = (1, scales.stride(0)) if col_major else scales.stride()
-    kernel = norm_quant_kernel if INTERPRETED else wrap_triton(norm_quant_kernel)
-    kernel[grid](
+    wrap_triton(norm_quant_kernel)[grid](
         x, x if weight is None else weight, normed, codes, scales, x if kv is None else kv,
         x if kv_weight is None else kv_weight, kv_out, tokens, padded, q_programs, x.stride(0),
         0 if kv is None else kv.stride(0), s_st, s_sg,
