@@ -85,7 +85,8 @@ lint: $(STAMP)
 docs: $(STAMP)
 	@for file in $$(grep -l '"inductor"' kernels/*.json); do $(BIN)/python -m dsv4fuse bench --from $$file \
 		--plot docs/pictures/$$(basename $$file .json).svg || exit 1; done
-	@$(BIN)/python -m examples.picture docs/pictures/launches.svg examples/results/*_flash_*.json
+	@$(BIN)/python -m dsv4fuse bench --e2e $(addprefix --from ,$(wildcard examples/results/*_flash_*.json)) \
+		--plot docs/pictures/launches.svg
 	@$(BIN)/python -m dsv4fuse fusions --write README.md --write docs/speed.md --write docs/ops.md \
 		--write docs/versions.md
 

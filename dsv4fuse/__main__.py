@@ -7,17 +7,17 @@ Exit codes: 0 done, 1 the answer is no (an expectation missed, dsv4fuse cannot w
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
 import dsv4fuse
+from dsv4fuse.bench_command import bench, token_counts
 from dsv4fuse.factory import FactoryError, build, parse_options
 from dsv4fuse.options import OptionError
 from dsv4fuse.report import FusionError, Report
+from dsv4fuse.terminal import fail, progress, write
 
 app = typer.Typer(
     help="""Fused DeepSeek-V4 kernels for plain PyTorch models.
@@ -79,53 +79,15 @@ def explain(
             _log_graphs()
         report = dsv4fuse.explain(model, *args, options=parsed, **kwargs)
     except (FactoryError, OptionError) as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except FusionError as error:
         if error.report is not None:
             _show(error.report, json_file, html_file)
-        _fail(str(error), 1)
+        fail(str(error), 1)
     _show(report, json_file, html_file)
 
 
-@app.command()
-def bench(
-    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
-    model: Annotated[list[str], typer.Option(help="flash, pro, pro-tp8; may be repeated.")] = ["flash"],  # noqa: B006, E501
-    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
-    json_path: Annotated[
-        str,
-        typer.Option("--json", metavar="FILE", help="Write all here, or FUSION.json to a folder."),
-    ] = "",
-    plot: Annotated[
-        str, typer.Option(metavar="FILE.png", help="Draw time against tokens.")
-    ] = "",
-    measured: Annotated[
-        list[str] | None,
-        typer.Option("--from", metavar="FILE", help="Measure nothing: plot what --json wrote."),
-    ] = None,
-) -> None:
-    """Time each fusion against eager and Inductor on this machine's GPU."""
-    import torch
-
-    if not measured and not torch.cuda.is_available():
-        _fail("There is no GPU here: the benchmark times Triton kernels.", 2)
-    try:
-        from dsv4fuse import bench as timing
-    except ImportError as error:
-        _fail(f"The benchmark needs Triton: {error}.", 2)
-    counts = _bench_arguments(fusions or [], model, tokens, timing.MODELS)
-    wrong: list[str] = []
-    if measured:
-        rows, made_on = _loaded(measured)
-    else:
-        path = pathlib.Path(json_path) if json_path else None
-        with _progress() as progress:
-            rows, wrong = timing.run(fusions or [], model, counts, path, progress)
-        made_on = timing.environment()
-    if plot:
-        _plot(rows, made_on, plot)
-    if wrong:
-        _fail("\n".join(wrong), 1)
+app.command()(bench)
 
 
 @app.command()
@@ -141,64 +103,21 @@ def kernels(
         from dsv4fuse import bench as timing
         from dsv4fuse import built
     except ImportError as error:
-        _fail(f"This needs Triton: {error}.", 2)
-    counts = _bench_arguments(fusions or [], [model], tokens, timing.MODELS)
+        fail(f"This needs Triton: {error}.", 2)
+    counts = token_counts(fusions or [], [model], tokens, timing.MODELS)
     try:
-        with _progress() as progress:
+        with progress() as advance:
             found = built.launches(
-                fusions or [], timing.MODELS[model], counts, capability, progress
+                fusions or [], timing.MODELS[model], counts, capability, advance
             )
     except RuntimeError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     timing.Console().print(built.table(found, capability))
     if json_file:
         built.save(found, pathlib.Path(json_file), capability)
     said = built.wrong(found, capability)
     if said:
-        _fail("\n".join(said), 1)
-
-
-def _bench_arguments(
-    fusions: list[str], models: list[str], tokens: str, known_models: Any
-) -> list[int]:
-    """The token counts; exits with 2 for what there is none of."""
-    from dsv4fuse.fusion import registry
-
-    for names, known in ((fusions, registry()), (models, known_models)):
-        for name in names:
-            if name not in known:
-                _fail(f"There is no {name!r} here, only {', '.join(known)}.", 2)
-    try:
-        counts = [int(t) for t in tokens.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        _fail(f"--tokens takes positive numbers such as 1,64,1024, not {tokens!r}.", 2)
-    return counts
-
-
-def _loaded(files: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    from dsv4fuse import bench as timing
-
-    rows, made_on = list[Any](), dict[str, Any]()
-    for file in files:
-        try:
-            more, made_on = timing.load(pathlib.Path(file))
-        except (OSError, ValueError) as error:
-            _fail(f"--from {file!r}: {error}", 2)
-        rows += more
-    return rows, made_on
-
-
-def _plot(rows: list[Any], made_on: dict[str, Any], file: str) -> None:
-    from dsv4fuse import plot
-
-    if not rows:
-        _fail("There is nothing to plot.", 2)
-    try:
-        plot.draw(rows, made_on, pathlib.Path(file))
-    except ImportError as error:
-        _fail(f"--plot needs matplotlib (pip install 'dsv4fuse[bench]'): {error}.", 2)
+        fail("\n".join(said), 1)
 
 
 @app.command()
@@ -215,12 +134,12 @@ def bisect(
     try:
         parsed = parse_options(options)
         model, args, kwargs = build(factory)
-        with _progress() as progress:
+        with progress() as advance:
             found = bisection.bisect(
-                model, args, kwargs, tolerance=tolerance, options=parsed, progress=progress
+                model, args, kwargs, tolerance=tolerance, options=parsed, progress=advance
             )
     except (FactoryError, OptionError) as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     if not found.sites:
         typer.echo(f"With all sites fused it is off by {found.together:.3g}: within bounds.")
         return
@@ -250,7 +169,7 @@ def fusions(
             text = file.read_text(encoding="utf-8")
             file.write_text(catalog.renewed(text, root), encoding="utf-8")
         except (OSError, catalog.MarkerError) as error:
-            _fail(f"{file}: {error}", 2)
+            fail(f"{file}: {error}", 2)
 
 
 @app.command()
@@ -277,38 +196,9 @@ def _show(report: Report, json_file: str, html_file: str) -> None:
     else:
         report.print()
         if json_file:
-            _write(json_file, report.to_json(indent=2) + "\n")
+            write(json_file, report.to_json(indent=2) + "\n")
     if html_file:
-        _write(html_file, report.to_html())
-
-
-def _write(file: str, text: str) -> None:
-    try:
-        pathlib.Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        _fail(f"The report could not be written to {file!r}: {error.strerror}.", 2)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr: called with what is being done and how many steps there may be in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(text: str, total: int) -> None:
-            bar.update(task, description=text, total=total, advance=1)
-
-        yield advance
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"dsv4fuse: {message}", err=True)
-    raise typer.Exit(code)
+        write(html_file, report.to_html())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The floor is the larger of bytes over the bandwidth of a plain copy and operatio
 
 from __future__ import annotations
 
-import datetime
 import json
 import pathlib
 import statistics
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.fusion import Example, Fusion, Sizes, registry
+from dsv4fuse.machine import environment
 
 MODELS = {
     "flash": Sizes(),
@@ -227,13 +227,3 @@ def load(path: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no measurements ({error!r}).") from error
     return rows, data
-
-
-def environment() -> dict[str, object]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
-    }

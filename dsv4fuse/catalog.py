@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from dsv4fuse import e2e
 from dsv4fuse.fusion import registry
 from dsv4fuse.select import SLOWER, measured
 
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
+STEPS = "examples/results/*_flash_*.json"
 VERSIONS = "tests/versions.json"
 
 
@@ -136,6 +138,20 @@ def times_table(root: pathlib.Path) -> str:
     return _table(("fusion", "variant", *(f"{t}" for t in counts)), rows)
 
 
+def steps_table(root: pathlib.Path) -> str:
+    """Of every step of a whole model that was measured on a GPU: the ways it was run in."""
+    titles = ("", "", "ms", "under CUDA graphs", "launches", "compiling, s")
+    names = {"eager": "eager", "inductor": "Inductor", "dsv4fuse": "dsv4fuse"}
+    rows = []
+    for file in sorted(root.glob(STEPS)):
+        for run in e2e.load(file)[0]:
+            for p in sorted(run.profiles, key=lambda p: list(names).index(p.name)):
+                times = (f"{x:.2f}" if x else "–" for x in (p.ms, p.graph_ms))
+                cells = (*times, *(f"{x:.0f}" if x else "–" for x in (p.launches, p.compile_s)))
+                rows.append((run.title, names[p.name], *([p.failed] * 4 if p.failed else cells)))
+    return _table(titles, rows)
+
+
 def ops_table(root: pathlib.Path) -> str:
     """Every op with the file that says its shapes, dtypes and roundings."""
     kernels = importlib.import_module("dsv4fuse.kernels")
@@ -171,6 +187,7 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
     "fusions": fusions_table,
     "times": times_table,
+    "steps": steps_table,
     "ops": ops_table,
     "versions": versions_table,
 }

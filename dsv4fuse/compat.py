@@ -222,3 +222,10 @@ def without_caches() -> Iterator[None]:
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
+
+
+def fresh_caches() -> contextlib.AbstractContextManager[None]:
+    """Empty caches on disk, Triton's too, that go again: the times of a first compilation."""
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4fuse.options import OptionError
@@ -30,11 +32,22 @@ def parse_options(text: str) -> dict[str, Any]:
     return value
 
 
-def build(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def arguments(factory: str, asked: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``usual`` the factory takes, by the names of its parameters, and all that was
+    ``asked`` for. FactoryError for a thing asked for that it does not take."""
+    parameters = inspect.signature(_find(factory)).parameters
+    for name in asked:
+        if name not in parameters:
+            takes = ", ".join(parameters) or "nothing"
+            raise FactoryError(f"The factory {factory!r} does not take {name!r}, only: {takes}.")
+    return {k: v for k, v in {**usual, **asked}.items() if k in parameters}
+
+
+def build(factory: str, **sizes: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Import and call ``package.module:factory``; returns the model, its args and kwargs."""
     function = _find(factory)
     try:
-        made = function()
+        made = function(**sizes)
     except Exception as error:
         frames = "".join(traceback.format_exception(error))
         raise FactoryError(f"The factory {factory!r} failed:\n{frames}") from error

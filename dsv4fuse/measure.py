@@ -43,6 +43,11 @@ def times(candidate: Candidate, region: list[fx.Node], options: Options) -> Time
     return _known[key]
 
 
+def forget() -> None:
+    """Time every site anew, unless a file says otherwise, as a new process does."""
+    _known.clear()
+
+
 def _measured(candidate: Candidate, region: list[fx.Node]) -> Times | str:
     leaves = samples.leaves(candidate, region)
     made = samples.draw(candidate, leaves) or {}

@@ -50,6 +50,11 @@ def check(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | N
     return _verified[key]
 
 
+def forget() -> None:
+    """Check every site anew, as a new process does."""
+    _verified.clear()
+
+
 def said(error: Exception) -> str:
     """The first line of an error's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from dsv4fuse.stopwatch import captured, milliseconds
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -44,45 +44,17 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
 
 
-def milliseconds(call: Callable[[], Any], device: str, patience: float = 5.0) -> float:
-    """Median time of a call, after three calls that do not count; 20 calls, or fewer once they
-    have taken ``patience`` seconds."""
-    for _ in range(3):
-        call()
-    taken: list[float] = []
-    while len(taken) < 20 and sum(taken) < patience:
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        taken.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(taken)
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as a CUDA graph. What the call reads must stay where it is."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def times(
     calls: dict[str, Callable[[], Any]], device: str, patience: float = 5.0
 ) -> list[tuple[str, ...]]:
     """Rows (name, ms) or, on a GPU, (name, ms, ms under CUDA graphs)."""
     rows = []
     for name, call in calls.items():
-        row = [name, f"{milliseconds(call, device, patience):.3f}"]
-        if device.startswith("cuda"):
+        on_gpu = device.startswith("cuda")
+        row = [name, f"{milliseconds(call, on_gpu, patience):.3f}"]
+        if on_gpu:
             try:
-                row.append(f"{milliseconds(captured(call), device, patience):.3f}")
+                row.append(f"{milliseconds(captured(call), on_gpu, patience):.3f}")
             except RuntimeError as error:  # something in it waits for the GPU
                 row.append(f"cannot be captured: {str(error).splitlines()[0]:.60}")
         rows.append(tuple(row))
@@ -94,8 +66,3 @@ def show(console: Console, title: str, header: Sequence[str], rows: Sequence[Seq
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()

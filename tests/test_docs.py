@@ -13,10 +13,9 @@ import pytest
 import typer
 
 import dsv4fuse
-from dsv4fuse import bench, catalog, plot
+from dsv4fuse import bench, catalog, e2e, launches_plot, plot
 from dsv4fuse.__main__ import app
 from dsv4fuse.fusion import registry
-from examples import picture
 
 from ._pages import Block, Sandbox, blocks, pages, plain
 
@@ -148,8 +147,9 @@ def made_of(path: pathlib.Path) -> str:
     if measured.exists():
         rows, _ = bench.load(measured)
         return plot.digest([dataclasses.asdict(r) for r in rows])
-    (command,) = (c for b in those("sh") for c in b.commands if f"{path.stem}.svg examples" in c)
-    return plot.digest([json.loads((ROOT / f).read_text()) for f in command.split()[4:]])
+    (command,) = (c for b in those("sh") for c in b.commands if "--e2e" in c and path.name in c)
+    runs = [r for f in re.findall(r"--from (\S+)", command) for r in e2e.load(ROOT / f)[0]]
+    return launches_plot.made_of(runs)
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda p: p.stem)
@@ -181,9 +181,9 @@ def test_picture_is_legible_on_light_and_dark(path):
 
 
 def test_what_inductor_launches_is_not_called_ours():
-    profile = {"name": "inductor", "families": {"dsv4fuse": [4, 0.1], "Inductor": [5, 1.0]}}
-    assert picture.parts(profile, 0)["dsv4fuse"] == 0
-    assert picture.parts(profile, 0)["others"] == 4
+    profile = e2e.Profile("inductor", families={"dsv4fuse": (4, 0.1), "Inductor": (5, 1.0)})
+    assert launches_plot.parts(profile, 0)["dsv4fuse"] == 0
+    assert launches_plot.parts(profile, 0)["others"] == 4
 
 
 # Where fusions are taken -------------------------------------------------------------------------

@@ -1,0 +1,231 @@
+"""``python -m dsv4fuse bench``: single fusions on a GPU or, with ``--e2e``, whole models."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from dsv4fuse.factory import FactoryError, arguments, build, parse_options
+from dsv4fuse.options import OptionError
+from dsv4fuse.terminal import fail, progress
+
+SHORT = {"hf": "examples.models:hf", "plain": "examples.models:plain"}
+# What a model is asked for where nobody says otherwise: where there is no GPU, and on one.
+TINY = {"size": "tiny", "layers": 4, "experts": 8, "batch": 2, "length": 48}
+FLASH = {"size": "flash", "layers": 4, "experts": 32, "batch": 1, "length": 2048}
+FLASH_DECODE = FLASH | {"batch": 4, "length": 512}
+
+_MODEL = (
+    "flash, pro, pro-tp8: the sizes of single fusions (flash if none). With --e2e: hf, plain (both "
+    "if none), or package.module:factory as for explain, which is given those of --size to --new "
+    "and device that it has parameters for. May be repeated."
+)
+Models = Annotated[list[str] | None, typer.Option("--model", help=_MODEL)]
+Tokens = Annotated[str, typer.Option(help="Token counts, comma-separated.")]
+Json = Annotated[
+    str,
+    typer.Option("--json", metavar="FILE", help="Write all here, or FUSION.json to a folder."),
+]
+Plot = Annotated[
+    str, typer.Option(metavar="FILE.svg", help="Draw time against tokens, or launches and time.")
+]
+From = Annotated[
+    list[str] | None,
+    typer.Option("--from", metavar="FILE", help="Measure nothing: show what --json wrote."),
+]
+E2E = Annotated[
+    bool,
+    typer.Option("--e2e", help="Whole models: eager, Inductor and dsv4fuse side by side."),
+]
+Decode = Annotated[
+    bool | None, typer.Option("--decode/--prefill", help="With --e2e: one step only, not both.")
+]
+Size = Annotated[str | None, typer.Option(help="With --e2e: tiny, flash; flash on a GPU.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="With --e2e: how many layers.")]
+Experts = Annotated[int | None, typer.Option(min=1, help="With --e2e: how many experts.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="With --e2e: how many sequences.")]
+Length = Annotated[
+    int | None, typer.Option(min=1, help="With --e2e: tokens of a prompt, or behind a decode step.")
+]
+New = Annotated[int | None, typer.Option(min=1, help="With --e2e: tokens of a decode step.")]
+Ways = Annotated[
+    str, typer.Option(help="With --e2e: of eager,inductor,dsv4fuse; no inductor without a GPU.")
+]
+Options = Annotated[str, typer.Option(help="With --e2e: options of dsv4fuse as JSON.")]
+
+
+def bench(
+    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    model: Models = None,
+    tokens: Tokens = "",
+    json_path: Json = "",
+    plot: Plot = "",
+    measured: From = None,
+    e2e: E2E = False,
+    decode: Decode = None,
+    size: Size = None,
+    layers: Layers = None,
+    experts: Experts = None,
+    batch: Batch = None,
+    length: Length = None,
+    new: New = None,
+    ways: Ways = "",
+    options: Options = "",
+) -> None:
+    """Time each fusion, or (--e2e) whole models, against eager and Inductor on this machine."""
+    sizes = {"size": size, "layers": layers, "experts": experts, "batch": batch, "length": length,
+             "new": new, "decode": decode}  # fmt: skip
+    asked = {name: value for name, value in sizes.items() if value is not None}
+    if not e2e:
+        if asked or ways or options:
+            given = [*asked, *["ways"] * bool(ways), *["options"] * bool(options)]
+            fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
+        _fusions(fusions or [], model or ["flash"], tokens, json_path, plot, measured)
+    elif fusions or tokens:
+        fail("--e2e measures whole models: it takes neither fusions nor --tokens.", 2)
+    else:
+        _models(model or list(SHORT), asked, ways, options, json_path, plot, measured)
+
+
+def _fusions(
+    fusions: list[str], models: list[str], tokens: str, json_path: str, plot: str,
+    measured: list[str] | None,
+) -> None:  # fmt: skip
+    import torch
+
+    if not measured and not torch.cuda.is_available():
+        fail("There is no GPU here: the benchmark times Triton kernels.", 2)
+    try:
+        from dsv4fuse import bench as timing
+    except ImportError as error:
+        fail(f"The benchmark needs Triton: {error}.", 2)
+    counts = token_counts(fusions, models, tokens or "1,64,1024,8192", timing.MODELS)
+    wrong: list[str] = []
+    if measured:
+        rows, made_on = _loaded(timing.load, measured)
+    else:
+        path = pathlib.Path(json_path) if json_path else None
+        with progress() as advance:
+            rows, wrong = timing.run(fusions, models, counts, path, advance)
+        made_on = timing.environment()
+    if plot:
+        from dsv4fuse import plot as pictures
+
+        _draw(pictures.draw, rows, made_on, plot)
+    if wrong:
+        fail("\n".join(wrong), 1)
+
+
+def token_counts(
+    fusions: list[str], models: list[str], tokens: str, known_models: Any
+) -> list[int]:
+    """The token counts; exits with 2 for what there is none of."""
+    from dsv4fuse.fusion import registry
+
+    for names, known in ((fusions, registry()), (models, known_models)):
+        for name in names:
+            if name not in known:
+                fail(f"There is no {name!r} here, only {', '.join(known)}.", 2)
+    try:
+        counts = [int(t) for t in tokens.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        fail(f"--tokens takes positive numbers such as 1,64,1024, not {tokens!r}.", 2)
+    return counts
+
+
+def _loaded(load: Any, files: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    found, made_on = list[Any](), dict[str, Any]()
+    for file in files:
+        try:
+            more, made_on = load(pathlib.Path(file))
+        except (OSError, ValueError) as error:
+            fail(f"--from {file!r}: {error}", 2)
+        found += more
+    return found, made_on
+
+
+def _draw(draw: Any, found: list[Any], made_on: dict[str, Any], file: str) -> None:
+    if not found:
+        fail("There is nothing to plot.", 2)
+    try:
+        draw(found, made_on, pathlib.Path(file))
+    except ImportError as error:
+        fail(f"--plot needs matplotlib (pip install 'dsv4fuse[bench]'): {error}.", 2)
+
+
+def _models(
+    models: list[str], asked: dict[str, Any], ways: str, options: str, json_path: str, plot: str,
+    measured: list[str] | None,
+) -> None:  # fmt: skip
+    from dsv4fuse import e2e, e2e_table, launches_plot, machine
+
+    made_on: Mapping[str, Any]
+    if measured:
+        runs, made_on = _loaded(e2e.load, measured)
+        for file in measured:
+            e2e_table.show(*_loaded(e2e.load, [file]))
+    else:
+        runs, made_on = [], machine.environment()
+        try:
+            for run in _measured(models, asked, ways, options):
+                runs.append(run)
+                if json_path:  # after each: the next one may take the machine down
+                    e2e.save(runs, made_on, pathlib.Path(json_path))
+            e2e_table.show(runs, made_on)
+        except (FactoryError, OptionError) as error:
+            fail(str(error), 2)
+        except OSError as error:
+            fail(f"--json {json_path!r}: {error.strerror}.", 2)
+    if plot:
+        _draw(launches_plot.draw, runs, dict(made_on), plot)
+    if any(p.failed for run in runs for p in run.profiles if p.name == "dsv4fuse"):
+        fail("dsv4fuse could not run everything; the table says why.", 1)
+
+
+def _measured(models: list[str], asked: dict[str, Any], ways: str, options: str) -> Iterator[Any]:
+    """Each step of each model, measured when it is asked for."""
+    import torch
+
+    from dsv4fuse import e2e
+
+    gpu = torch.cuda.is_available()
+    chosen = ways.split(",") if ways else [w for w in e2e.WAYS if gpu or w != "inductor"]
+    if wrong := set(chosen) - set(e2e.WAYS):
+        fail(f"--ways takes {','.join(e2e.WAYS)}, not {', '.join(sorted(wrong))}.", 2)
+    # Without a GPU the references of the ops, node by node: Inductor's C++ takes minutes.
+    given: dict[str, Any] = {} if gpu else {"select": "always"}
+    if not gpu and "inductor" not in chosen:
+        given["inner"] = "eager"
+    given |= parse_options(options or "{}")
+    plans = [(m, *plan) for m in models for plan in _steps(SHORT.get(m, m), asked, gpu)]
+    with warnings.catch_warnings(), progress() as advance:
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_")
+        for name, step, sizes in plans:
+            shown = {k: v for k, v in sizes.items() if k not in ("decode", "device")}
+
+            def show(way: str, what: str = f"{name} {step}") -> None:
+                advance(f"{what}, {way}", len(plans) * len(chosen))
+
+            make = functools.partial(build, SHORT.get(name, name), **sizes)
+            yield e2e.run(make, chosen, given, show, model=name, step=step, sizes=shown)
+
+
+def _steps(factory: str, asked: dict[str, Any], gpu: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The steps to measure of a model, and what its factory is given for each."""
+    wanted = [asked["decode"]] if "decode" in asked else [False, True]
+    found = []
+    for decode in wanted:
+        usual = (FLASH_DECODE if decode else FLASH) if gpu else TINY
+        usual = usual | {"device": "cuda" if gpu else "cpu", "decode": decode}
+        sizes = arguments(factory, asked, usual)
+        if "decode" not in sizes:
+            return [("", sizes)]
+        found.append(("decode" if decode else "prefill", sizes))
+    return found

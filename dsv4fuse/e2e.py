@@ -1,0 +1,267 @@
+"""Whole models: one step of each, eager, compiled by Inductor and with dsv4fuse, side by side.
+
+Each way gets a model of its own from the same seed, so that all start from the same state, and
+compiles from scratch, its caches empty. What cannot run (out of memory, say) is a result too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+from dsv4fuse import backend, compat, launches, measure, stopwatch, verify
+from dsv4fuse.factory import FactoryError
+from dsv4fuse.report import Report, Site
+
+WAYS = ("eager", "inductor", "dsv4fuse")
+MOST_COMPILATIONS = 10  # calls in which a way may compile before it is timed all the same
+Made = tuple[Any, tuple[Any, ...], dict[str, Any]]  # model, args, kwargs
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to run a step; None is what was not measured, ``failed`` why there is nothing more.
+
+    ``compile_s``: the first call and any later one that compiled, ``compilations`` of them;
+    ``pass_s``: of it the time of dsv4fuse itself. ``peak``: bytes, of a step that is compiled.
+    ``error``: the largest difference from the way ``against``, of its largest value, and ``same``
+    the share of rows of the output with their largest value at the same place. ``kernels``: by
+    name, launches and ms; on a CPU operations. ``families``: the sums of those.
+    """
+
+    name: str
+    ms: float | None = None
+    graph_ms: float | None = None
+    compile_s: float | None = None
+    pass_s: float | None = None
+    compilations: int | None = None
+    peak: int | None = None
+    against: str = ""
+    error: float | None = None
+    same: float | None = None
+    families: Mapping[str, launches.Figures] = field(default_factory=dict)
+    kernels: Mapping[str, launches.Figures] = field(default_factory=dict)
+    note: str = ""
+    failed: str = ""
+
+    @property
+    def launches(self) -> int:
+        return sum(count for count, _ in self.families.values())
+
+    @property
+    def busy_ms(self) -> float:
+        return sum(ms for _, ms in self.families.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A step of a model in several ways. ``sizes``: what its factory was asked for; ``tokens``:
+    how many the step takes; ``taken``: sites by fusion; ``sites``: all, without their source."""
+
+    model: str
+    step: str
+    sizes: Mapping[str, Any]
+    options: Mapping[str, Any]
+    profiles: tuple[Profile, ...]
+    tokens: int | None = None
+    taken: Mapping[str, int] = field(default_factory=dict)
+    sites: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def title(self) -> str:
+        sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
+        return f"{self.step or 'a call'} of {self.model}" + f" ({sizes})" * bool(sizes)
+
+    def of(self, way: str) -> Profile | None:
+        return next((p for p in self.profiles if p.name == way), None)
+
+
+@torch.no_grad()
+def run(
+    make: Callable[[], Made],
+    ways: Sequence[str] = WAYS,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda way: None,
+    **about: Any,
+) -> Run:
+    """``make`` is called for each way and returns (model, args, kwargs); ``about`` are further
+    fields of the Run. Raises OptionError for options that there are none of."""
+    backend.parse(options)
+    profiles: list[Profile] = []
+    wanted: tuple[str, list[Tensor]] | None = None
+    report, tokens = Report(), None
+    for way in ways:
+        progress(way)
+        step = _Step(make, way, options or {}, report)
+        profiles.append(step.profile(wanted))
+        wanted, tokens = wanted or step.outputs, tokens or step.tokens
+        del step
+    sites = tuple(_kept(site) for site in report.sites)
+    return Run(
+        **about, options=dict(options or {}), profiles=tuple(profiles), tokens=tokens,
+        taken=report.counts(), sites=sites,
+    )  # fmt: skip
+
+
+class _Step:
+    """One way while it is measured: what was found so far outlives what then fails."""
+
+    def __init__(
+        self, make: Callable[[], Made], way: str, options: Mapping[str, Any], report: Report
+    ) -> None:
+        self.make, self.way, self.options, self.report = make, way, options, report
+        self.found: dict[str, Any] = {}
+        self.outputs: tuple[str, list[Tensor]] | None = None
+        self.tokens: int | None = None
+
+    def profile(self, wanted: tuple[str, list[Tensor]] | None) -> Profile:
+        """Raises FactoryError where no model was made, and not for want of memory."""
+        _forget()
+        with compat.fresh_caches(), backend.collecting(self.report):
+            try:
+                self._measure(wanted)
+            except torch.OutOfMemoryError:
+                self.found["failed"] = "out of memory"
+            except FactoryError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise
+                self.found["failed"] = "out of memory while the model was made"
+            except Exception as error:  # whatever a compiler or a kernel raises
+                self.found["failed"] = verify.said(error)
+        return Profile(self.way, **self.found)
+
+    def _measure(self, wanted: tuple[str, list[Tensor]] | None) -> None:
+        torch.manual_seed(0)
+        model, args, kwargs = self.make()
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_gpu = any(x.is_cuda for x in tensors)
+        self.tokens = next((x.numel() for x in tensors if x.dtype == torch.int64), None)
+        fn = _compiled(model, self.way, self.options)
+        call = lambda: fn(*args, **kwargs)  # noqa: E731
+        values = self._compile(call, on_gpu)
+        self.outputs = self.way, values
+        if wanted is not None:
+            error, same = compared(values, wanted[1])
+            self.found |= {"against": wanted[0], "error": error, "same": same}
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.found["ms"] = stopwatch.milliseconds(call, on_gpu)
+        if on_gpu:
+            self.found["peak"] = torch.cuda.max_memory_allocated()
+        kernels = launches.launched(call, on_gpu)
+        self.found |= {"kernels": kernels, "families": launches.families(kernels)}
+        if on_gpu:
+            self._replay(call)
+
+    def _compile(self, call: Callable[[], Any], on_gpu: bool) -> list[Tensor]:
+        """Calls until nothing is compiled any more; the floats of the first result, on the CPU."""
+        spent, compilations, values = 0.0, 0, list[Tensor]()
+        for number in range(MOST_COMPILATIONS + 1):
+            graphs = counters["stats"]["unique_graphs"]
+            seconds, result = stopwatch.seconds(call, on_gpu)
+            compiled = counters["stats"]["unique_graphs"] > graphs
+            if number == 0:
+                values = floats(result)
+                if self.way == "dsv4fuse":
+                    self.report.check(backend.parse(self.options))
+            elif not compiled:
+                break
+            spent, compilations = spent + seconds, compilations + compiled
+        self.found |= {"compile_s": spent, "compilations": compilations}
+        if self.way == "dsv4fuse":
+            self.found["pass_s"] = self.report.seconds
+        return values
+
+    def _replay(self, call: Callable[[], Any]) -> None:
+        try:
+            self.found["graph_ms"] = stopwatch.milliseconds(stopwatch.captured(call), True)
+        except RuntimeError as error:  # something in it waits for the GPU, or memory
+            self.found["note"] = f"no CUDA graph: {verify.said(error):.80}"
+
+
+def _compiled(model: Callable[..., Any], way: str, options: Mapping[str, Any]) -> Any:
+    if way == "eager":
+        return model
+    if way == "inductor":
+        return torch.compile(model)
+    return torch.compile(model, backend=backend.dsv4fuse, options=dict(options))
+
+
+def _forget() -> None:
+    """What earlier ways left: compiled code, memory, checks and times of sites."""
+    torch._dynamo.reset()
+    verify.forget()
+    measure.forget()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def floats(result: Any) -> list[Tensor]:
+    """The tensors of floats in what a model returned, on the CPU."""
+    leaves = pytree.tree_leaves(result)
+    return [x.detach().cpu() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float | None]:
+    """The largest difference, of the largest value wanted, and the share of rows whose largest
+    value is at the same place (None: no rows). NaN where only one of them has numbers."""
+    if [x.shape for x in found] != [x.shape for x in wanted]:
+        return float("nan"), None
+    worst, equal, rows = 0.0, 0, 0
+    for x, y in zip(found, wanted, strict=True):
+        largest = y.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        off = ((x.float() - y.float()).abs().max() / largest).item()
+        worst = off if off != off else max(worst, off) if worst == worst else worst
+        if x.dim() > 1:
+            same = x.argmax(-1) == y.argmax(-1)
+            equal, rows = equal + int(same.sum()), rows + same.numel()
+    return worst, equal / rows if rows else None
+
+
+def _kept(site: Site) -> dict[str, Any]:
+    """A site without file and line: what is kept goes to other people."""
+    times = {k: v for k, v in site.detail.get("µs", {}).items() if k != "tokens"}
+    kept = {"fusion": site.fusion, "status": site.status, "module": site.module, **times}
+    return kept if site.status == "taken" else kept | {"reason": site.reason}
+
+
+def save(runs: Sequence[Run], made_on: Mapping[str, Any], path: pathlib.Path) -> None:
+    """The runs, and what they were made on, as JSON."""
+    data = {**made_on, "runs": [_slim(dataclasses.asdict(r)) for r in runs]}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _slim(plain: dict[str, Any]) -> dict[str, Any]:
+    """Without what was not measured."""
+    profiles = [{k: v for k, v in p.items() if v not in (None, "", {})} for p in plain["profiles"]]
+    return {**plain, "profiles": profiles}
+
+
+def load(path: pathlib.Path) -> tuple[list[Run], dict[str, Any]]:
+    """What ``save`` wrote; ValueError if it is none."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        runs = [Run(**{**r, "profiles": tuple(_profile(p) for p in r["profiles"]),
+                       "sites": tuple(r.get("sites", ()))}) for r in data.pop("runs")]  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no whole models ({error!r}).") from error
+    return runs, data
+
+
+def _profile(plain: Mapping[str, Any]) -> Profile:
+    figures = {
+        column: {name: (int(n), float(ms)) for name, (n, ms) in plain.get(column, {}).items()}
+        for column in ("families", "kernels")
+    }
+    return Profile(**{**plain, **figures})
