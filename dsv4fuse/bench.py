@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dsv4fuse import registers
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.fusion import Example, Fusion, Sizes, registry
 from dsv4fuse.machine import environment
@@ -42,6 +43,7 @@ class Row:
 
     ``spread`` is (largest - smallest) / median of our warm times. ``tb_s`` and ``tflops`` are
     reached by our warm time. ``eager`` is None for what cannot be captured in a CUDA graph.
+    ``kernels`` are ours as they were launched, with registers and spills; of older files, none.
     """
 
     fusion: str
@@ -58,6 +60,7 @@ class Row:
     spread: float = 0.0
     tb_s: float = 0.0
     tflops: float = 0.0
+    kernels: tuple[registers.Kernel, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -71,10 +74,11 @@ def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
     with torch.no_grad():
         wanted = _tensors(made.fn(*made.inputs))
         torch._dynamo.reset()
-        plain = torch.compile(made.fn, dynamic=False)
         options = {"select": "always", "expect": {fusion.name: 1}}
         fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
-        found = _tensors(fused(*made.inputs))
+        with registers.collected() as kernels:
+            found = _tensors(fused(*made.inputs))
+        plain = torch.compile(made.fn, dynamic=False)
         plain(*made.inputs)
         agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
@@ -84,7 +88,7 @@ def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
             fusion.name, variant, model, tokens, statistics.median(_warm(inductor)), middle,
             floor(made, torch.cuda.get_device_name()), agrees, _captured(eager), cold(inductor),
             cold(ours), (max(times) - min(times)) / middle, made.moved / middle / 1e6,
-            made.flops / middle / 1e6,
+            made.flops / middle / 1e6, tuple(kernels),
         )  # fmt: skip
 
 
@@ -191,7 +195,8 @@ def _sites(names: Sequence[str], tokens: Iterable[int]) -> Iterator[tuple[str, s
 
 
 TITLES = ("fusion", "variant", "tokens", "eager µs", "Inductor µs", "ours µs", "± %", "ratio",
-          "floor µs", "TB/s", "TFLOP/s", "cold: Inductor µs", "ours µs")  # fmt: skip
+          "floor µs", "TB/s", "TFLOP/s", "cold: Inductor µs", "ours µs",
+          "kernels ×warps: registers")  # fmt: skip
 
 
 def _cells(row: Row) -> list[str]:
@@ -202,7 +207,7 @@ def _cells(row: Row) -> list[str]:
         row.fusion + " WRONG" * (not row.agrees), row.variant, str(row.tokens), number(row.eager),
         number(row.inductor), number(row.ours), f"{100 * row.spread:.0f}", number(row.ratio),
         number(row.floor), number(row.tb_s), number(row.tflops) if row.tflops else "",
-        number(row.inductor_cold), number(row.ours_cold),
+        number(row.inductor_cold), number(row.ours_cold), "\n".join(map(str, row.kernels)),
     ]  # fmt: skip
 
 
@@ -223,7 +228,12 @@ def load(path: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:
     data = json.loads(path.read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
     try:
-        rows = [Row(**{k: v for k, v in r.items() if k in known}) for r in data.pop("rows")]
+        rows = [_row({k: v for k, v in r.items() if k in known}) for r in data.pop("rows")]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no measurements ({error!r}).") from error
     return rows, data
+
+
+def _row(plain: dict[str, Any]) -> Row:
+    kernels = tuple(registers.Kernel(**k) for k in plain.get("kernels", ()))
+    return Row(**{**plain, "kernels": kernels})

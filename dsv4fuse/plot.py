@@ -10,7 +10,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from dsv4fuse.bench import Row
@@ -44,7 +43,13 @@ def draw(rows: Sequence[Row], made_on: Mapping[str, Any], path: pathlib.Path) ->
         for axis in list(axes.flat)[len(panels) :]:
             axis.remove()
         figure.suptitle(f"{made_on['gpu']}, torch {made_on['torch']}, {made_on['date']}")
-        save(figure, path, digest([asdict(r) for r in rows]))
+        save(figure, path, made_of(rows))
+
+
+def made_of(rows: Sequence[Row]) -> str:
+    """The digest of what is drawn of these rows."""
+    drawn = ("fusion", "variant", "model", "tokens", *LINES)
+    return digest([[getattr(row, column) for column in drawn] for row in rows])
 
 
 def digest(figures: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import json
 import pathlib
@@ -146,7 +145,7 @@ def made_of(path: pathlib.Path) -> str:
     measured = ROOT / "kernels" / f"{path.stem}.json"
     if measured.exists():
         rows, _ = bench.load(measured)
-        return plot.digest([dataclasses.asdict(r) for r in rows])
+        return plot.made_of(rows)
     (command,) = (c for b in those("sh") for c in b.commands if "--e2e" in c and path.name in c)
     runs = [r for f in re.findall(r"--from (\S+)", command) for r in e2e.load(ROOT / f)[0]]
     return launches_plot.made_of(runs)
