@@ -185,7 +185,8 @@ def _models(
             fail(f"--json {json_path!r}: {error.strerror}.", 2)
     if plot:
         _draw(launches_plot.draw, runs, dict(made_on), plot)
-    if any(p.failed for run in runs for p in run.profiles if p.name == "dsv4fuse"):
+    ours = (profile for run in runs for profile in run.profiles if profile.name == "dsv4fuse")
+    if not measured and any(profile.failed for profile in ours):
         fail("dsv4fuse could not run everything; the table says why.", 1)
 
 

@@ -132,6 +132,7 @@ def test_prefill_and_decode_of_all_layers(model, tmp_path):
     assert [run.step for run in runs] == ["prefill", "decode"]
     for run in runs:
         assert {"compress_kv", "indexer_logits"} <= set(run.taken)
+        assert {site["status"] for site in run.sites} == {"taken"}
         assert run.of("dsv4fuse").error < 0.03 and run.of("dsv4fuse").same == 1
 
 

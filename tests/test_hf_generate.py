@@ -115,8 +115,9 @@ def test_generate_is_one_graph_and_the_tokens_of_the_own_cache(hf, model, monkey
         cache.reset()
         assert torch.equal(generated(model, 12, **compiling), wanted[:, :12])
     assert len(graphs) == 1 and addresses(cache) == before
-    fused = Report.of(model).counts().keys()
-    assert {"norm_rope_cache", "clamp_swiglu_quant", "inv_rope_quant"} <= fused
+    report = Report.of(model)
+    assert {"norm_rope_cache", "clamp_swiglu_quant", "inv_rope_quant"} <= report.counts().keys()
+    assert report.counts()["compress_kv"] == 3 and not report.with_status("rejected")
 
 
 @pytest.mark.long

@@ -1,0 +1,31 @@
+"""What of a graph's nodes holds the same: a region ends at them, whatever they depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dsv4fuse.scene import Scene
+
+aten = torch.ops.aten
+# base, x → a tensor that x + 1 is written to, and whether nothing is left of what it was
+WRITES = {
+    "the only one": (lambda b, x: aten.select_scatter(b, x + 1, 1, 0), (2, 1, 8, 4), True),
+    "all rows": (lambda b, x: aten.slice_scatter(b, x + 1, 1, 0, 8), (2, 8, 4), True),
+    "one of two": (lambda b, x: aten.select_scatter(b, x + 1, 1, 0), (2, 2, 8, 4), False),
+    "some rows": (lambda b, x: aten.slice_scatter(b, x + 1, 1, 0, 8), (2, 9, 4), False),
+    "in another order": (
+        lambda b, x: aten.slice_scatter(b, (x + 1).transpose(0, 1), 1, 0, 2), (8, 2, 4), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_over_as_a_whole(name):
+    write, shape, whole = WRITES[name]
+    graph = make_fx(write, tracing_mode="fake")(torch.zeros(shape), torch.zeros(2, 8, 4)).graph
+    scene = Scene(graph)
+    (value,) = (n for n in graph.nodes if n.target is aten.add.Tensor)
+    (written,) = (n for n in graph.nodes if "scatter" in str(n.target))
+    assert (written in scene.alike(value)) == whole
