@@ -39,7 +39,7 @@ def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
     found = run.profiles
     table = [
         ("largest difference", *map(_difference, found)),
-        ("same largest logit", *(_cell(p.same, lambda x: f"{x:.2%} of rows") for p in found)),
+        ("same argmax", *(_cell(p.same, lambda x: f"{x:.2%} of rows") for p in found)),
         ("ms", *(p.failed or _number(p.ms, 3) for p in found)),
         ("ms under CUDA graphs", *(p.note or _number(p.graph_ms, 3) for p in found)),
         ("tokens/s", *(_cell(_rate(run, p), lambda x: f"{x:.0f}") for p in found)),
@@ -76,7 +76,7 @@ def verdict(run: Run) -> str:
     untimed = len(taken) - len(ratios)
     rest = f" {untimed} were not timed." if untimed else ""
     if not ratios:
-        return f"None of the {len(taken)} sites taken was timed."
+        return f"None of the {len(taken)} sites taken was timed." if taken else "No site was taken."
     slower = sum(ratio > SLOWER for ratio in ratios)
     return (
         f"Of {len(taken)} sites taken, {slower} are slower than Inductor's code by more than "
@@ -123,7 +123,9 @@ def _cell(value: Any, text: Any) -> str:
 def _print(
     console: Console, title: str, titles: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    table = Table(*titles, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in titles:
+        table.add_column(name, overflow="fold")  # on a narrow terminal nothing is cut off
     for row in rows:
         table.add_row(*row)
     console.print(table)

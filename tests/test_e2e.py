@@ -278,8 +278,13 @@ def test_no_site_slower_than_inductor_can_be_read_off():
         "Of 4 sites taken, 0 are slower than Inductor's code by more than 2 %; "
         "the largest ratio is 1.02. 1 were not timed."
     )
-    slow = Run("m", "", {}, {}, (), sites=(site(10.3),))
-    assert "1 are slower" in e2e_table.verdict(slow)
+
+    def verdict(*sites):
+        return e2e_table.verdict(Run("m", "", {}, {}, (), sites=sites))
+
+    assert "1 are slower" in verdict(site(10.3))
+    assert verdict(site(30.0, status="declined")) == "No site was taken."
+    assert verdict({"fusion": "g", "status": "taken"}) == "None of the 1 sites taken was timed."
 
 
 def test_times_of_sites_come_from_the_report(own, monkeypatch, tmp_path):
