@@ -39,6 +39,7 @@ def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
     found = run.profiles
     table = [
         ("largest difference", *map(_difference, found)),
+        ("median difference", *(_cell(p.median, lambda x: f"{x:.1e}") for p in found)),
         ("same argmax", *(_cell(p.same, lambda x: f"{x:.2%} of rows") for p in found)),
         ("ms", *(p.failed or _number(p.ms, 3) for p in found)),
         ("ms under CUDA graphs", *(p.note or _number(p.graph_ms, 3) for p in found)),
