@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from dsv4fuse.e2e import Profile, Run
@@ -27,8 +26,10 @@ def parts(profile: Profile, column: int) -> dict[str, float]:
 
 
 def made_of(runs: Sequence[Run]) -> str:
-    """What tells a picture of these runs from one of others."""
-    return digest([asdict(r) for r in runs])
+    """The digest of what is drawn of these runs."""
+    profiles = [[run.of(way) or Profile(way) for way in WAYS] for run in runs]
+    drawn = [[(parts(p, 0), parts(p, 1)) for p in ways] for ways in profiles]
+    return digest([[run.title for run in runs], drawn])
 
 
 def draw(runs: Sequence[Run], made_on: Mapping[str, Any], path: pathlib.Path) -> None:
