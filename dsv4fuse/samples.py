@@ -30,17 +30,11 @@ def draw(
         shown = {n: base for n in drawn if (base := shows(n, drawn)) is not None}
         made = {n: sample(n, candidate, number) for n in drawn if n not in shown}
         made |= {n: _view(n, made) for n in shown}
-        made |= {n: _like(n, made[candidate.like[n]]) for n in outer if n in candidate.like}
+        made |= {n: made[candidate.like[n]] for n in outer if n in candidate.like}
         settled = candidate.settled
         if settled is None or settled(*(made[n] for n in candidate.inputs)).any():
             return made
     return None
-
-
-def _like(node: fx.Node, value: Tensor) -> Tensor:
-    """The value of an input as a node shows it that holds the same (``Scene.alike``)."""
-    shape = [hint(s) for s in node.meta["val"].shape]
-    return value if list(value.shape) == shape else value.reshape(shape)
 
 
 def shows(node: fx.Node, others: Collection[fx.Node]) -> fx.Node | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -62,9 +61,6 @@ class Hit:
 
     def scalar(self, name: str) -> float:
         return self.env.scalars[name]
-
-
-_WRITES = (torch.ops.aten.select_scatter.default, torch.ops.aten.slice_scatter.default)
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -189,27 +185,12 @@ class Scene:
         )
 
     def alike(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Other nodes that hold the same value with the same strides, or all of whose elements are
-        those written over by this one, in their order."""
+        """Other nodes that hold the same value with the same strides."""
         term, value = self.low.term(node) if is_tensor(node) else None, node.meta.get("val")
         for other in self._shown.get(term, ()):  # type: ignore[arg-type]
             seen = other.meta["val"]
             if other is not node and seen.dtype == value.dtype and _laid(seen) == _laid(value):
                 yield other
-        yield from self._overwritten.get(node, ())
-
-    @cached_property
-    def _overwritten(self) -> dict[fx.Node, list[fx.Node]]:
-        """Of a value, the tensors that it was written over as a whole: in the graph they depend on
-        what they were before."""
-        found: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.nodes:
-            if node.target in _WRITES and node.meta["val"].is_contiguous():
-                for other, _ in self.holders(node):
-                    row_major = other is not node and other.meta["val"].is_contiguous()
-                    if row_major and self.reshaped(node, other):
-                        found.setdefault(other, []).append(node)
-        return found
 
     def reshaped(self, node: fx.Node, base: fx.Node) -> bool:
         """Does node hold base's elements in the same row-major order, as a reshape does?"""
