@@ -257,6 +257,34 @@ def test_many_entries(count):
     assert worst(compress.compress_kv(*given.all(), **how), exact(given, **how)) <= 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4, 4, 512), (128, 0, 96)])
+def test_offsets_past_2_31(sizes, far=2**30 + 512):
+    """Pages so far apart that the third one starts past 2^31 elements, read and written."""
+    width, before, dim = sizes
+    ends = torch.tensor([[2 * width - 1]] * 3, device=DEVICE)
+    given = gathered(3, 1, sizes, ends, 2 * width)
+
+    def apart(t: Tensor) -> Tensor:
+        """t's page 2 where the third page lies; the middle one is not looked at."""
+        whole = torch.empty_strided(t.shape, (far, *t.stride()[1:]), dtype=t.dtype, device=DEVICE)
+        whole[0], whole[2] = t[0], t[2]
+        return whole
+
+    names = ("kv", "gate", "kv_before", "gate_before")
+    given = replace(given, page=torch.tensor([[2], [0], [2]], device=DEVICE))
+    held = {n: apart(t) for n in names if (t := getattr(given, n)) is not None}
+    how = dict(BASE, width=width, ring=2 * width, masked=before > 0)
+    cache = apart(poisoned(3, 4, dim))
+    slot = torch.tensor([[3], [1], [-1]], device=DEVICE)
+    there = replace(given, **held)
+    compress.compress_kv_cache(*there.all(), cache, slot, given.page, **how, keep=False, wrap=False)
+    want = compress.compress_kv(*given.all(), **how)
+    same(cache[2, 3], want[0, 0])
+    same(cache[0, 1], want[1, 0])
+    assert (cache[2, :3] == 777.0).all() and (cache[0, [0, 2, 3]] == 777.0).all()
+
+
 def test_the_plans_are_what_is_launched():
     """Every plan is the one chosen at its own size; what is larger is refused in a sentence."""
     for plan in windows.PLANS:

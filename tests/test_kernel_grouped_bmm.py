@@ -224,6 +224,22 @@ def test_single_groups_as_the_batch(tokens):
     assert ((a - b).abs() <= 2 * torch.finfo(BF16).eps * b.abs().amax(-1, keepdim=True)).all()
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("strategy", grouped.STRATEGIES)
+def test_offsets_past_2_31(strategy, tokens=66000):
+    """66000 rows of 64 × 512; the last rows must be their own."""
+    last, cos, sin, w = inputs(1, 3, 64, 512, 64, 8, 16)
+    o = torch.zeros(1, tokens, 64, 512, dtype=BF16, device=DEVICE)
+    o[:, -3:] = last
+    far_cos, far_sin = tables(1, tokens, 64)
+    far_cos[:, -3:], far_sin[:, -3:] = cos, sin
+    out = grouped.inv_rope_grouped_bmm(
+        o, far_cos, far_sin, w, rope_rounding="once", strategy=strategy
+    )
+    near(out[-3:], exact(last, cos, sin, w))
+    assert not out[:-3].any()
+
+
 def calls(small):
     w, codes = small(2, 64, 128), small(2, 64, 128).to(torch.float8_e4m3fn)
     blocks = torch.rand(2, 1, 4, device=small.device)

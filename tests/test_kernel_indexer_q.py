@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, MARKS, TOKENS, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, rand, same, tables
 
 pytestmark = MARKS
 
@@ -124,6 +124,20 @@ def test_what_it_does_not_take(change, sentence):
     x, (cos, sin) = rand(1, 2, 3, change.pop("d", 64)), tables(1, 2, 16)
     with pytest.raises(ValueError, match=sentence):
         m.indexer_q(x, cos, sin, rope_rounding="once", **change)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_offsets_past_2_31(tokens=2**18 + 3):
+    x = torch.zeros(1, tokens, 64, 128, dtype=BF16, device=DEVICE)
+    cos, sin = tables(1, tokens, 64)
+    x[:, -3:] = rand(1, 3, 64, 128)
+    want = turned(x[:, -3:], cos[:, -3:], sin[:, -3:], None)
+    found = m.indexer_q(x, cos, sin, rope_rounding="once")
+    same(found[0, -3:], want[0])
+    codes, scales = m.indexer_q_quant(x, cos, sin, group=128, rope_rounding="once")
+    want, steps = atoms.group_quant(want, group=128, floor=1e-4, scale="pow2")
+    same(codes[0, -3:], want[0])
+    same(scales[0, -3:], steps[0])
 
 
 def calls(small):

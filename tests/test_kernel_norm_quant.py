@@ -167,6 +167,23 @@ def test_no_tokens():
     assert [tuple(t.shape) for t in got] == [(0, 128), (0, 2), (0, 128), (0, 64)]
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_offsets_past_2_31(far=2**30 + 64, tokens=2**21 + 5):
+    """Rows far apart; and so many rows that codes and the kept norm pass 2^31 elements."""
+    apart = torch.empty_strided((3, 128), (far, 1), dtype=BF16, device=DEVICE).copy_(rand(3, 128))
+    kw = dict(group=32, scale="fp32")
+    for g, r in zip(call(apart, **kw)[0], call(apart.contiguous(), **kw)[0], strict=True):
+        same(g, r)
+    x = torch.zeros(tokens, 1024, dtype=BF16, device=DEVICE)
+    x[-3:] = rand(3, 1024)
+    codes, scales, kept, _ = call(x, group=128, scale="fp32", col_major=True)[0]
+    last = call(x[-3:], group=128, scale="fp32")[0]
+    same(codes[-3:], last[0])
+    same(kept[-3:], last[2])
+    assert torch.equal(scales[-3:], last[1])
+    assert not codes[:-3].view(torch.uint8).any()
+
+
 def test_special_values_stay_in_their_row():
     x = rand(4, 128)
     x[0, 5], x[1, 6], x[2] = float("nan"), float("inf"), -0.0
