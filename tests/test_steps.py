@@ -31,6 +31,9 @@ from .test_plain_model import CSA, HCA, TOLERANCE, caches, error, random_prompts
 
 LENGTHS = (3, 13, 37, 121, 250)
 LONGEST, STEPS = max(LENGTHS), 64
+# For each request of a bf16 model: of 64 the 90 % differ by 7 % from text to text, either way,
+# because an expert that flips stays in the caches.
+TOKENS = 256
 KINDS = ("csa", "hca")
 BF16, FP32 = torch.bfloat16, torch.float32
 NEXT_N = (1, 2, 3, 4)
@@ -207,9 +210,10 @@ def test_four_steps_of_two_tokens_in_transformers():
 @MODELS
 @DTYPES
 @pytest.mark.parametrize("next_n", NEXT_N)
-def test_a_prefill_and_64_steps(model, dtype, next_n):
+def test_a_prefill_and_64_steps_or_more(model, dtype, next_n):
     how = {} if model is plain else dict(dynamic=False)
-    report, *runs = model(dtype, [next_n] * STEPS, **how)
+    steps = STEPS if dtype == FP32 else TOKENS // next_n
+    report, *runs = model(dtype, [next_n] * steps, **how)
     taken(report, 2)
     compare(*runs)
 
