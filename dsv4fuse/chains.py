@@ -20,6 +20,9 @@ class Quantised:
 
     codes: Hit
     scales: tuple[Hit, ...]  # those that somebody reads
+    # As each fp8 linear quantises an input that several share: nodes that hold the codes (0) or
+    # one of the scales (from 1 on) once more.
+    again: tuple[tuple[fx.Node, int], ...] = ()
 
     @property
     def x(self) -> Bound:
@@ -31,7 +34,8 @@ class Quantised:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        return (self.codes.node, *(s.node for s in self.scales))
+        own = (self.codes.node, *(s.node for s in self.scales))
+        return (*own, *(twin for twin, _ in self.again))
 
     def made_by(self, scene: Scene, atom: Atom) -> Hit | None:
         """The atom that made the value, in the codes' own leading axes or before they were one."""
@@ -55,7 +59,8 @@ class Quantised:
         layout = [*blocks, group] if self.codes.arguments["blocked"] else shape
         # By the node's rank: of one block a row, a scale is also what one without a kept axis is.
         kept = ([*blocks, 1][: s.node.meta["val"].dim()] for s in self.scales)
-        return (codes.view(layout), *(scales.view(k) for k in kept))
+        made = (codes.view(layout), *(scales.view(k) for k in kept))
+        return (*made, *(made[i] for _, i in self.again))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -87,11 +92,20 @@ def divides_by_product(arguments: Mapping[str, object]) -> str | None:
 
 def quantised(scene: Scene) -> list[Quantised]:
     """Every value that a graph quantises in groups."""
-    return [Quantised(codes, tuple(_scales(scene, codes))) for codes in scene.outermost(CODES)]
+    return [_quantised(scene, codes) for codes in scene.outermost(CODES)]
 
 
-def _scales(scene: Scene, codes: Hit) -> list[Hit]:
-    region = scene.region(codes.node, [codes.x.node])
+def _quantised(scene: Scene, codes: Hit) -> Quantised:
+    twins, leaves = scene.twins(codes.node), [codes.x.node]
+    region = set().union(*(scene.region(n, leaves) for n in (codes.node, *twins)))
+    scales = _scales(scene, codes, region)
+    again = [(twin, 0) for twin in twins]
+    for i, hit in enumerate(scales, 1):
+        again += [(t, i) for t in scene.twins(hit.node) if not region.issuperset(t.users)]
+    return Quantised(codes, tuple(scales), tuple(again))
+
+
+def _scales(scene: Scene, codes: Hit, region: set[fx.Node]) -> list[Hit]:
     alike = ("group", "scale", "via")
     found = []
     for node in scene.nodes:

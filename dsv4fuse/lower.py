@@ -74,6 +74,8 @@ class Lowering:
         self.leaves = leaves  # nodes to read as they are, whatever computes them
         self.origins: dict[Term, list[tuple[fx.Node, Map]]] = defaultdict(list)
         self.parts: dict[Term, list[tuple[fx.Node, Map, str]]] = defaultdict(list)
+        # The first node that holds the same: of what an opaque op writes, each reader has a view.
+        self.same: dict[fx.Node, fx.Node] = {}
         self.loose: dict[Term, str] = {}  # terms that an ulp rule made, with its name
         self._known: dict[tuple[fx.Node, Map], Term | Complex] = {}
         self._own: dict[fx.Node, Term | Complex] = {}

@@ -272,7 +272,7 @@ class Unifier:
             return None
         if len(hole.shape) == 1 and any(r is not None for r in rows):
             return None
-        return Bound(node, rows, part, laned)
+        return Bound(self.low.same.get(node, node), rows, part, laned)
 
     def _same_lanes(self, wanted: Index, found: Index, space: Space) -> bool:
         """A lane index of the reference, read at the graph's axes."""

@@ -100,6 +100,10 @@ def _planned(
         if _swallowed(scene, candidate, gone):
             inside.append((candidate, region))
             continue
+        revived = _revived(scene, candidate, gone)
+        if revived:
+            sites.append(_site(candidate, "declined", revived))
+            continue
         candidate, status, reason, traced = _decide(candidate, region, options)
         if traced is not None:
             planned.append((candidate, traced))
@@ -163,6 +167,20 @@ def _swallowed(
         node in replaced or (node in inside and not scene.live_without(node, replaced))
         for node in (*candidate.outputs, *candidate.updates)
     )
+
+
+def _revived(
+    scene: Scene, candidate: Candidate, gone: list[tuple[Candidate, set[fx.Node]]]
+) -> str:
+    """A sentence where the candidate reads what the planned ones compute inside and do not return:
+    all that leads to it would be computed once more."""
+    replaced = [n for c, _ in gone for n in (*c.outputs, *c.updates)]
+    read = {n for c, _ in gone for n in c.inputs}
+    for taken, region in gone:
+        for node in region.difference(replaced, read).intersection(candidate.inputs):
+            if not scene.live_without(node, [*replaced, *candidate.outputs, *candidate.updates]):
+                return f"{node.name}, which it reads, is a value inside of {taken.site}."
+    return ""
 
 
 def _decide(

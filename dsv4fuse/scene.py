@@ -128,6 +128,8 @@ class Scene:
             if isinstance(term, Term):
                 self.contents(term)
                 self._shown[term].append(node)
+                earlier = next(self.alike(node), node)
+                self.low.same[node] = self.low.same.get(earlier, node)
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
         """The atom at a node, in the first of its specs that fits."""
@@ -192,6 +194,16 @@ class Scene:
             if other is not node and seen.dtype == value.dtype and _laid(seen) == _laid(value):
                 yield other
 
+    def twins(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that compute this one's value once more, and do not leave the graph: there
+        each is a tensor of its own."""
+        return [
+            twin
+            for twin in self.alike(node)
+            if twin not in self.region(node, ()) and node not in self.region(twin, ())
+            if not any(u.op == "output" for n in (twin, *readers(twin)[1]) for u in n.users)
+        ]
+
     def reshaped(self, node: fx.Node, base: fx.Node) -> bool:
         """Does node hold base's elements in the same row-major order, as a reshape does?"""
         whole = maps.reshape(straight(node), *(maps.sizes_of(n.meta["val"]) for n in (node, base)))
@@ -226,8 +238,10 @@ class Scene:
             hit = self.hit(atom, node)
             if hit is not None:
                 kept.append(hit)
-                leaves = (b.node for b in hit.env.holes.values())
-                inside |= self.region(node, leaves) - {node}
+                # Its inputs may be read through nodes that hold the same: other views of a base.
+                leaves = {b.node for b in hit.env.holes.values()}
+                leaves.update(*(self.alike(n) for n in leaves))
+                inside |= self.region(node, leaves - {node}) - {node}
         return kept[::-1]
 
     def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:

@@ -25,8 +25,17 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     products = scene.outermost(SWIGLU)
     made = ((q.made_by(scene, SWIGLU), q) for q in (quantised(scene) if products else ()))
-    quants = {hit.node: q for hit, q in made if hit is not None}
-    return [_candidate(hit, quants.get(hit.node), numerics) for hit in products]
+    quants = {hit.node: (hit, q) for hit, q in made if hit is not None}
+    # Of rows of one block, the quotient by the scale looks like a product with a routing weight.
+    bare = [h for h in products if not _weighed(scene, h) & quants.keys()]
+    found = {h.node: (h, None) for h in bare} | quants
+    return [_candidate(*found[node], numerics) for node in sorted(found)]
+
+
+def _weighed(scene: Scene, hit: Hit) -> set[fx.Node]:
+    """The nodes of which the product's weight is made."""
+    bound = hit.env.holes.get("weight")
+    return scene.region(bound.node, ()) if bound is not None else set()
 
 
 def _candidate(hit: Hit, quant: Quantised | None, numerics: str) -> Candidate:
