@@ -149,6 +149,12 @@ SPELLINGS |= {
         lambda x: (lambda c, s: (c.flatten(-2), s.squeeze(-1)))(*_quants.quantise(act(x), GROUP)),
         parts=("fp8 quant",),
     ),
+    "quant, rows of a batch": _case(
+        lambda x: _quants.quantise(act(x).flatten(0, 1), GROUP), _packed(2, 3), parts=("fp8 quant",)
+    ),
+    "quant of one block a row": _case(
+        _quant(), lambda: (Draw()(5, 2 * GROUP),), parts=("fp8 quant",), absent=("weight",)
+    ),
     "quant, batch": _case(_quant(), _packed(2, 3), parts=("fp8 quant",)),
     "quant, dynamic": _case(_quant(), dynamic={0: (0,)}, parts=("fp8 quant",)),
     "quant, codes only": _case(lambda x: _quants.quantise(act(x), GROUP)[0], parts=("fp8 quant",)),

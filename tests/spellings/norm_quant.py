@@ -92,6 +92,34 @@ def _linear_codes(x: Tensor, w: Tensor) -> Tensor:
     return (codes.float() * scales).flatten(-2) @ torch.ones(WIDTH, 3)
 
 
+def _rows(x: Tensor, w: Tensor) -> Any:
+    """The norm of a batch, its rows in one axis for a product that knows no batch."""
+    return _quants.quantise(NORM(x, w).flatten(0, 1), GROUP)
+
+
+def _product(y: Tensor, columns: int) -> Tensor:
+    codes, scales = _quants.quantise(y.reshape(-1, WIDTH), GROUP)
+    return (codes.float() * scales).flatten(-2) @ torch.ones(WIDTH, columns)
+
+
+def _two_linears(x: Tensor, w: Tensor) -> Any:
+    """Each fp8 linear quantises its own input: the same codes twice, a norm that nobody keeps."""
+    y = NORM(x, w)
+    return _product(y, 3), _product(y, 5)
+
+
+def _one_of_twice(x: Tensor, w: Tensor) -> Any:
+    """The second linear reads twice the norm, whose codes are the same and whose scales are not."""
+    y = NORM(x, w)
+    return _product(y, 3), _product(y * 2, 5)
+
+
+def _codes_twice(x: Tensor, w: Tensor) -> Any:
+    """Both leave the graph: two tensors, not one."""
+    y = NORM(x, w)
+    return *_quants.quantise(y, GROUP), *_quants.quantise(y, GROUP)
+
+
 class Attention(nn.Module):
     """The down projection of an attention block, its norms in DeepSeek's spelling."""
 
@@ -136,6 +164,15 @@ SPELLINGS |= {
     "vector": _case(_normed(NORM), latent()),
     "dynamic rows": _case(_normed(NORM), dynamic={0: (0,)}),
     "dynamic batch": _case(_normed(NORM), latent(2, 3), dynamic={0: (0, 1)}),
+    "rows of a batch": _case(_rows, latent(2, 3)),
+    "rows of a batch, tokens first": _case(
+        lambda x, w: _quants.quantise(NORM(x, w).transpose(0, 1).flatten(0, 1), GROUP),
+        latent(2, 3),
+    ),
+    "rows of a batch, dynamic": _case(_rows, latent(2, 3), dynamic={0: (0, 1)}),
+    "two linears": _case(_two_linears, None, "Norm", "fp8 quant", absent=("kept",)),
+    "two linears, batch": _case(_two_linears, latent(2, 3), absent=("kept",)),
+    "codes twice": _case(_codes_twice, None, "kept"),
     "codes only": _case(lambda x, w: _normed(NORM)(x, w)[0]),
     "codes into a product": _case(_linear_codes),
     "every second row": _case(lambda x, w: _normed(NORM)(x[::2], w), latent(10)),
@@ -208,6 +245,15 @@ MUTANTS: dict[str, Case] = {
     ),
     "the second norm of fewer rows": _mutant(
         _other_rows, "two norms", "fp8 quant", counts={NAME: 1}, absent=("second",)
+    ),
+    "two linears, one of twice the norm": _mutant(
+        _one_of_twice, "two linears", "kept", counts={NAME: 1}
+    ),
+    "rows in another order": _mutant(
+        lambda x, w: _quants.quantise(NORM(x, w).flatten(0, 1).flip(0), GROUP), "rows of a batch"
+    ),
+    "lanes cut into rows": _mutant(
+        lambda x, w: _quants.quantise(NORM(x, w).reshape(-1, WIDTH // 3), GROUP), "rows of a batch"
     ),
     "no quant": _mutant(lambda x, w: (NORM(x, w), x * 2), "norm: hf_weighted"),
     "scales of the latent": _mutant(_scale_before, "norm: hf_weighted"),
