@@ -213,7 +213,7 @@ MUTANTS: dict[str, Case] = {
         _pools.ring(late=1), 2, "Gather", "norm", like=SPELLINGS["ring"]
     ),
     "ring: from the cache it writes": Case(
-        plain(_pools.into_itself), ring_inputs(1, 6), {NAME: 1, "norm_rope_cache": 1},
+        plain(_pools.into_itself), ring_inputs(1, 6), {NAME: 1},
         why="lie in the cache", like=SPELLINGS["ring: apart"],
     ),
     "ring: written to another row": ring_case(
