@@ -230,7 +230,7 @@ def reshape(m: Map, view: Sequence[Size], base: Sequence[Size]) -> Map | None:
     return tuple(out)
 
 
-def restrict(i: Index, coord: int, start: int, size: int, step: int = 1) -> Index | None:
+def restrict(i: Index, coord: int, start: Size, size: Size, step: int = 1) -> Index | None:
     """i where coordinate ``coord`` runs over ``start + step · c`` for c < size instead.
 
     None when a digit of the coordinate straddles the new range.
@@ -249,7 +249,7 @@ def restrict(i: Index, coord: int, start: int, size: int, step: int = 1) -> Inde
     return index(offset, terms)
 
 
-def _restrict_digit(d: Digit, start: int, size: int, step: int) -> Index | None:
+def _restrict_digit(d: Digit, start: Size, size: Size, step: int) -> Index | None:
     """(start + step·c) // div % d.size as an index of c < size."""
     moving = index(start, [(step, Digit(d.coord, 1, size, size))])
     if d.whole:

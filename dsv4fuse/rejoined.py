@@ -23,13 +23,13 @@ def rejoined(tensors: Sequence[fx.Node], axis: int) -> tuple[fx.Node, Map] | Non
     sizes = [shape_of(t)[axis] if len(shape_of(t)) > axis else 0 for t in tensors]
     if not all(isinstance(t, Term) and t.op == "load" and t.args[0] is base for t in terms):
         return None
-    if not all(isinstance(n, int) and n for n in sizes):
+    if any(n == 0 for n in sizes):
         return None
-    whole = joined([t.args[1] for t in terms], axis, sizes)  # type: ignore[union-attr, arg-type]
+    whole = joined([t.args[1] for t in terms], axis, sizes)  # type: ignore[union-attr]
     return None if whole is None else (base, whole)
 
 
-def joined(parts: Sequence[Map], axis: int, sizes: Sequence[int]) -> Map | None:
+def joined(parts: Sequence[Map], axis: int, sizes: Sequence[Size]) -> Map | None:
     """The map that reads in one what these read side by side along an axis.
 
     None for no neighbours: the whole, cut again, must be the parts.
@@ -46,9 +46,9 @@ def joined(parts: Sequence[Map], axis: int, sizes: Sequence[int]) -> Map | None:
     return None
 
 
-def _run_on(a: Index, b: Index, axis: int, size: int, extent: int) -> Index | None:
+def _run_on(a: Index, b: Index, axis: int, size: Size, extent: Size) -> Index | None:
     """a, where it runs on to ``extent`` and has reached b after ``size``."""
-    if not (isinstance(a.offset, int) and isinstance(b.offset, int)):
+    if not all(isinstance(n, int) for n in (a.offset, b.offset, size)):
         return None
     step, left = divmod(b.offset - a.offset, size)
     if left or step < 0:
@@ -57,15 +57,17 @@ def _run_on(a: Index, b: Index, axis: int, size: int, extent: int) -> Index | No
     return maps.index(a.offset, [*rest, (step, Digit(axis, 1, extent, extent))] if step else rest)
 
 
-def _stacked(a: Index, b: Index, axis: int, size: int, extent: int) -> Index | None:
+def _stacked(a: Index, b: Index, axis: int, size: Size, extent: Size) -> Index | None:
     """a, and from there to b one step for each ``size``."""
     if not (isinstance(a.offset, int) and isinstance(b.offset, int)) or b.offset < a.offset:
+        return None
+    if not maps.divides(size, extent):
         return None
     terms = [
         (s, Digit(d.coord, d.div, d.size, extent if d.coord == axis else d.extent))
         for s, d in a.terms
     ]
-    step = (b.offset - a.offset, Digit(axis, size, extent // size, extent))
+    step = (b.offset - a.offset, Digit(axis, size, maps.quotient(extent, size), extent))
     return maps.index(a.offset, [*terms, step] if step[0] else terms)
 
 

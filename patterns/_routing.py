@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsv4fuse.scene import Scene
-from dsv4fuse.views import VIEWS, argument
+from dsv4fuse.views import VIEWS, argument, base_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 MOST = 16  # experts of a token; a top-k of more is no router
@@ -42,7 +43,7 @@ def gathers(scene: Scene) -> Iterator[Gathered]:
         if node.target is aten.gather.default and args[1] % max(rank, 1) == rank - 1:
             yield Gathered(node, args[0], args[2])
         elif node.target is aten.index.Tensor and len(args[1]) == rank == 2 and all(args[1]):
-            if _counts_rows(args[1][0]):
+            if _counts_rows(scene, args[1][0]):
                 yield Gathered(node, args[0], args[1][1])
         elif node.target is operator.getitem and _top(args[0]) and args[1] == 0:
             index = next((u for u in args[0].users if u.args[1] == 1), None)
@@ -50,16 +51,16 @@ def gathers(scene: Scene) -> Iterator[Gathered]:
                 yield Gathered(node, args[0].args[0], index)
 
 
-def _counts_rows(rows: fx.Node) -> bool:
+def _counts_rows(scene: Scene, rows: fx.Node) -> bool:
     """Is it ``arange(T)[:, None]``?"""
-    count = rows.args[0] if rows.target is aten.unsqueeze.default else None
+    count = base_of(rows)
     return (
-        isinstance(count, fx.Node)
-        and rows.meta["val"].dim() == 2
-        and rows.args[1] in (1, -1)
+        rows.meta["val"].dim() == 2
         and count.target is prims.iota.default
         and count.kwargs["start"] == 0
         and count.kwargs["step"] == 1
+        and statically_known_true(rows.meta["val"].shape[1] == 1)
+        and scene.reshaped(rows, count)
     )
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from .generate import __main__ as runner
-from .generate import _check, _draws, _mutants, _programs
-from .generate._found import FOUND, FOUND_BETWEEN
+from .generate import _check, _draws, _mutants, _programs, _ways
+from .generate._found import FOUND, FOUND_BETWEEN, FOUND_SIZES
 from .generate._hand import Hand
 
 # One example is one to three sequences; the profile "long" draws thousands.
@@ -52,6 +52,23 @@ def test_what_was_found_once(name):
     site = _programs.families()[family](Hand(_first, words))
     assert site.words.items() >= words.items()
     _whole(_check.check(_programs.joined([site], name in FOUND_BETWEEN)))
+
+
+@pytest.mark.parametrize("name", FOUND_SIZES)
+def test_one_graph_for_two_sizes(name):
+    family, words = FOUND_SIZES[name]
+    what = "rows" if "rows" in words else "S"
+    _whole(_ways.two_sizes(*(
+        _programs.families()[family](Hand(_first, {**words, what: size})) for size in ("3", "5")
+    )))  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", _ways.WAYS)
+@FEW
+@given(st.data())
+def test_every_way_in(way, data):
+    _whole(_check.check(_programs.program(data.draw), _ways.WAYS[way]))
 
 
 @FEW
@@ -110,7 +127,7 @@ def test_two_ways_to_the_graph_are_one():
     """The light tracer shows the pass what torch.compile does."""
     for name in ("norm_rope_cache: kv written", "inv_rope_quant: in groups"):
         site = _programs.families()[name](Hand(_first))
-        light, heavy = (_check.check(site, way) for way in (_check.fused, _check.compiled))
+        light, heavy = (_check.check(site, way) for way in (_check.fused, _ways.function))
         _whole(light), _whole(heavy)
         assert light.taken == heavy.taken
 

@@ -17,9 +17,26 @@ ROPES = {"real": _ropes.REAL, "complex": _ropes.COMPLEX, "narrow": _ropes.EVERY}
 FLOORS = (0.5, 1e-4, 1e-12)
 
 
+def _weight_before(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """The weight multiplies before the one rounding, where the original's multiplies behind it."""
+    y = x.float()
+    return (w.float() * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def _rounded_between(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    mean = y.square().mean(-1, keepdim=True).to(torch.bfloat16)
+    return w * (y * torch.rsqrt(mean.float() + eps)).to(x.dtype)
+
+
+NORM_EDITS = _norms.MUTANTS | {
+    "weight before the cast": _weight_before, "mean rounded": _rounded_between,
+}  # fmt: skip
+
+
 def norm(hand: Hand, dtype: torch.dtype, dim: int, what: str = "norm") -> tuple[Fn, Tensor]:
     """``norm(x)`` of ``dim`` lanes, with its weight, which several norms may share."""
-    fn = hand.pick(what, NORMS, loose=_norms.LOOSE, mutants=_norms.MUTANTS, of="hf_weighted")
+    fn = hand.pick(what, NORMS, loose=_norms.LOOSE, mutants=NORM_EDITS, of="hf_weighted")
     wide = hand.words[what] in _norms.FP32_WEIGHT
     weight = hand.random(dim, dtype=FP32 if wide else dtype)
     eps = hand.eps(what)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dsv4fuse import Report, pipeline, verify
-from dsv4fuse.backend import dsv4fuse as backend
 from dsv4fuse.backend import parse
 
 from .._same import STEPS, copied, difference
@@ -62,19 +61,6 @@ def fused(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
     report = pipeline.run(module.graph, PARSED)
     module.recompile()
     return report, _graphs.run(module, args)
-
-
-def compiled(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
-    """By way of torch.compile, Dynamo and AOTAutograd."""
-    torch._dynamo.reset()
-    with torch.no_grad():
-        found = torch.compile(fn, backend=backend, options=OPTIONS, fullgraph=True)(*args)
-
-    class Left:
-        parameters = staticmethod(lambda: tensors(list(args)))
-        buffers = staticmethod(lambda: ())
-
-    return Report.of(Left), found
 
 
 def stated(site: Site, counts: Mapping[str, int]) -> Site:

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from dsv4fuse import ops
 
-from . import _check, _mutants, _programs
+from . import _check, _mutants, _programs, _ways
 from ._check import Outcome
 from ._mutants import Mutant
 
-COMPILED = 20  # one program of this many goes through torch.compile
+COMPILED = 20  # one program of this many goes through torch.compile, in one of these ways
+WAYS = (*_ways.WAYS.items(), ("two sizes", None))
 KEPT = 100  # failures of a kind whose programs are written out
 
 
@@ -93,11 +94,16 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
     tally = Tally()
 
     def one(choose: Callable[..., Any]) -> None:
-        program = _programs.program(choose, only)
         number = seed * examples + tally.counts["programs"]  # through all tasks
-        compiled = number % COMPILED == COMPILED - 1
-        outcome = _check.check(program, _check.compiled if compiled else _check.fused)
-        tally.counts["through torch.compile"] += compiled
+        turn, left = divmod(number, COMPILED)
+        name, way = WAYS[turn % len(WAYS)] if left == COMPILED - 1 else ("", _check.fused)
+        two = _programs.two_sizes(choose, only) if way is None else None
+        if two is not None:
+            outcome = _ways.two_sizes(*two)
+        else:
+            way = way or _ways.function
+            outcome = _check.check(_programs.program(choose, only), way)
+        tally.counts[f"way {name}"] += bool(name)
         _add(tally, outcome, seed)
 
     drawn(one, seed, examples)
@@ -106,6 +112,9 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
 
 def _add(tally: Tally, o: Outcome, seed: int) -> None:
     tally.counts["programs"] += 1
+    if o.invalid == _ways.FIXED:
+        tally.counts[o.invalid] += 1
+        return
     if o.invalid:
         tally.failed("invalid", o.invalid, o.program, seed)
         return

@@ -41,3 +41,13 @@ FOUND_BETWEEN: Mapping[str, tuple[str, Mapping[str, str]]] = {
          "x lies": "every second row"},
     ),
 }  # fmt: skip
+# What was not fused where a size is a symbol, or not right at another size.
+FOUND_SIZES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "rows counted up to a symbol": (
+        "moe_router: by top-k", {"rows": "3", "gather": "index", "scores": "sigmoid"},
+    ),
+    "rows cut apart and stacked, of a symbol's length": (
+        "hyper_connections: in front of a sublayer",
+        {"B": "3", "S": "3", "iterations": "1", "seam in front": "rows apart"},
+    ),
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from ..spellings._case import BF16, FP16, FP32, Draw
 T = TypeVar("T")
 Fn = Callable[..., Any]
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
+SIZES = ("B", "S", "T", "rows", "windows")  # of what the tokens are, which may be symbols
 EPS = (0.0123, 1e-6, 1e-5, 0.25)  # no bf16 number, two usual ones, and one that decides much
 
 
@@ -68,7 +70,11 @@ class Hand:
         return known[name]
 
     def number(self, what: str, values: Sequence[T]) -> T:
-        return self.pick(what, {str(v): v for v in values})
+        """One of the values; for a size of the input, any that was decided before."""
+        options = {str(v): v for v in values}
+        if what in SIZES and what in self.fixed:
+            options |= {self.fixed[what]: ast.literal_eval(self.fixed[what])}
+        return self.pick(what, options)
 
     def flag(self, what: str) -> bool:
         return self.pick(what, {"no": False, "yes": True})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ._hand import Hand, Site
+from ._hand import SIZES, Hand, Site
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 MODULES = (
@@ -36,6 +37,30 @@ def families() -> Mapping[str, Callable[[Hand], Site]]:
 def site(draw: Draw, only: str = "") -> Site:
     names = [n for n in families() if only in n]
     return families()[draw(st.sampled_from(names))](Hand(draw))
+
+
+def two_sizes(draw: Draw, only: str = "") -> tuple[Site, Site] | None:
+    """A sequence and the same with one size another; None without a size that can be a symbol."""
+    names = [n for n in families() if only in n]
+    make = families()[draw(st.sampled_from(names))]
+    first = make(Hand(draw))
+    sizes = {n: ast.literal_eval(first.words[n]) for n in SIZES if n in first.words}
+    ways = {n: w for n, size in sizes.items() if (w := list(_larger(size)))}
+    if not ways:
+        return None
+    what = draw(st.sampled_from(sorted(ways)))
+    other = str(draw(st.sampled_from(ways[what])))
+    second = make(Hand(draw, {**first.words, what: other}))
+    return first, second
+
+
+def _larger(size: Any) -> Iterator[Any]:
+    """The size with one number in it larger; of a size of one torch makes no symbol."""
+    if isinstance(size, int):
+        yield from (size + more for more in (1, 2, 7) if size > 1)
+    else:
+        for i, n in enumerate(size):
+            yield from ((*size[:i], m, *size[i + 1 :]) for m in _larger(n))
 
 
 def mutant(draw: Draw, only: str = "") -> tuple[Site, Site] | None:

@@ -24,6 +24,11 @@ PRODUCTS = {
     "in place": lambda s, u: s.mul_(u),
 }
 GROUP = 32
+PACK_EDITS = {
+    "gate for up": lambda x: x.chunk(2, dim=-1)[::-1],
+    "up is gate": lambda x: (x.chunk(2, dim=-1)[0],) * 2,
+    "lanes one further": lambda x: x.roll(1, -1).chunk(2, dim=-1),
+}
 CLAMPS = {n: f for n, f in _swiglus.CLAMP.items() if n != "where_or_equal"}
 
 
@@ -35,7 +40,7 @@ def activation(hand: Hand) -> Site:
     silus = _swiglus.SILU if wide or dtype == FP32 else _exact_silus()
     clamp = hand.pick("clamp", clamps, mutants=_swiglus.LIMITS, of="clamp")
     pieces = dict(
-        pack=hand.pick("pack", _swiglus.PACKED),
+        pack=hand.pick("pack", _swiglus.PACKED, mutants=PACK_EDITS, of="chunk"),
         clamp=partial(clamp, b=hand.number("limit", LIMITS)),
         silu=hand.pick(
             "silu", silus, loose=_swiglus.LOOSE_SILU, mutants=_swiglus.SILUS, of="functional"

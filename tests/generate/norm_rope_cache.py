@@ -61,6 +61,45 @@ WRITES = {**FLAT, **DECODE, **PREFILL, **{f"pages, {n}": w for n, w in PAGES.ite
 WRITE_EDITS = {n: w for n, (w, like) in WRITE_MUTANTS.items() if like == "slots"}
 
 
+def _read_between(rows: Fn, write: Fn, x: Tensor, cache: Tensor, *where: Any) -> Any:
+    """The rows are used before the old cache is read."""
+    y = rows(x)
+    used, old = y.float().sum(-1), cache.float().sum(-1)
+    return used, old, write(cache, y, *where)
+
+
+def _changed_between(rows: Fn, write: Fn, x: Tensor, cache: Tensor, *where: Any) -> Any:
+    y = rows(x)
+    cache.mul_(0.5)
+    return write(cache, y, *where)
+
+
+def _own_rows(rows: Fn, write: Fn, x: Tensor, cache: Tensor, *where: Any) -> Any:
+    """Rows of the cache go to other rows of it: one launch would race."""
+    own = cache[tuple(slice(0, n) for n in x.shape[:-1])]
+    return write(cache, rows(own if own.shape == x.shape else x * 0.5), *where)
+
+
+def _two_names(rows: Fn, write: Fn, x: Tensor, cache: Tensor, *where: Any) -> Any:
+    y, other = rows(x), cache[:]
+    return write(cache, y, *where), write(other, y * 2, *where), cache.float().sum()
+
+
+def _second_reader(rows: Fn, write: Fn, x: Tensor, cache: Tensor, *where: Any) -> Any:
+    """Of the rows, once before they are written and once behind."""
+    y = rows(x)
+    first = y.float().sum(-1)
+    return first, write(cache, y, *where), y * 2, cache.float().amax()
+
+
+AROUND = {"nothing": lambda rows, write, x, cache, *where: write(cache, rows(x), *where)}
+AROUND_EDITS = {
+    "cache read between": _read_between, "cache changed between": _changed_between,
+    "rows of the cache itself": _own_rows, "two names of one cache": _two_names,
+    "second readers": _second_reader,
+}  # fmt: skip
+
+
 def written(hand: Hand) -> Site:
     """kv rows into a cache."""
     dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
@@ -71,9 +110,15 @@ def written(hand: Hand) -> Site:
     first, between, last = (hand.seam(n) for n in ("in front", "between", "behind"))
     change = _fake(hand, lanes) if hand.flag("fake quant") else (lambda y: y)
 
+    around = hand.pick("around", AROUND, mutants=AROUND_EDITS, of="nothing")
+
     def fn(x: Tensor, w: Tensor, cache: Tensor, *rest: Any) -> Any:
         table, where = rest[: len(given)], rest[len(given) :]
-        return write.fn(cache, last(change(rope(between(norm(first(x), w)), *table))), *where)
+
+        def rows(x: Tensor) -> Tensor:
+            return last(change(rope(between(norm(first(x), w)), *table)))
+
+        return around(rows, write.fn, x, cache, *where)
 
     given = tables(*write.rows)
     x = hand.tensor("x", *write.rows, dim, dtype=dtype)
