@@ -25,6 +25,7 @@ from dsv4fuse.select import SLOWER, measured
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
 STEPS = "examples/results/*_flash_*.json"
 VERSIONS = "tests/versions.json"
+GENERATED = "tests/generated.json"
 
 
 class MarkerError(ValueError):
@@ -178,6 +179,21 @@ def versions_table(root: pathlib.Path) -> str:
     return _table((*columns, "failed"), cells) if cells else "No run is kept yet."
 
 
+def generated_table(root: pathlib.Path) -> str:
+    """What ``make generate`` kept of each run of drawn programs and mutants."""
+    file = root / GENERATED
+    rows = json.loads(file.read_text()) if file.exists() else []
+    columns = ("commit", "torch", "date", "programs", "sites", "taken", "mutants", "forced", "bad")
+    cells = []
+    for r in rows:
+        sites, taken = (sum(r[k].values()) for k in ("sites", "taken"))
+        forced = ", ".join(f"{n} {name}" for name, n in r["forced"].items())
+        bad = ", ".join(f"{n} {name}" for name, n in r["bad"].items()) or "none"
+        numbers = (str(r["programs"]), str(sites), f"{taken} ({100 * taken / max(sites, 1):.2f} %)")
+        cells.append((r["commit"], r["torch"], r["date"], *numbers, str(r["mutants"]), forced, bad))
+    return _table(columns, cells) if cells else "No run is kept yet."
+
+
 def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = list(titles)
     lines = [titles, ["---"] * len(titles), *rows]
@@ -190,6 +206,7 @@ TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
     "steps": steps_table,
     "ops": ops_table,
     "versions": versions_table,
+    "generated": generated_table,
 }
 _OPEN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
 

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from dsv4fuse import catalog
+
 from .generate import __main__ as runner
-from .generate import _check, _draws, _mutants, _programs, _ways
+from .generate import _check, _draws, _mutants, _programs, _record, _ways, host_sync
 from .generate._found import FOUND, FOUND_BETWEEN, FOUND_SIZES
 from .generate._hand import Hand
 
@@ -77,6 +79,15 @@ def test_programs(data):
     outcome = _check.check(_programs.program(data.draw))
     assert not outcome.crash, f"{outcome.program}\n{outcome.crash}"
     assert not outcome.wrong, f"{outcome.program}\n{outcome.wrong}"
+
+
+@FEW
+@given(st.data())
+def test_constants_of_the_host(data):
+    outcome = host_sync.check(host_sync.constants(Hand(data.draw)))
+    assert not outcome.wrong and not outcome.missed, outcome
+    found = host_sync.mutant(data.draw)
+    assert found is None or not (found.wrong or found.taken), found
 
 
 @FEW
@@ -151,12 +162,32 @@ def test_a_wrong_program_is_counted():
     assert tally.counts["missed norm_quant"] == 1 and tally.counts["programs"] == 3
 
 
+def test_runs_are_kept_once(tmp_path):
+    """The same seeds at the same commit replace what is kept of them; the table adds up."""
+    file = tmp_path / "tests" / "generated.json"
+    file.parent.mkdir()
+    tally = _draws.Tally()
+    site = _programs.families()["clamp_swiglu_quant: gate and up"](Hand(_first))
+    _draws._add(tally, _check.check(site), 0)
+    for tasks in (1, 1, 2):
+        _record.keep(_record.row(tally, 0, tasks, 3.0), file)
+    runs = json.loads(file.read_text())
+    assert [r["seeds"] for r in runs] == [[0, 0], [0, 1]]
+    assert "| 1 | 1 | 1 (100.00 %) | 0 |" in catalog.generated_table(tmp_path)
+
+
 @pytest.mark.long
-def test_the_runner(tmp_path):
+def test_the_runner(tmp_path, monkeypatch):
+    record = tmp_path / "generated.json"
+    monkeypatch.setattr(_record.keep, "__defaults__", (record,))
     path = tmp_path / "summary.json"
-    arguments = ["--programs", "10", "--workers", "1", "--only", "clamp", "--json", str(path)]
+    arguments = ["--programs", "10", "--workers", "1", "--only", "clamp", "--keep"]
+    arguments += ["--json", str(path)]
     done = CliRunner().invoke(runner.app, arguments)
     assert done.exit_code == 0, done.output
+    (kept,) = json.loads(record.read_text())
+    assert kept["programs"] == 10 and kept["seeds"] == [0, 0] and kept["bad"] == {}
+    assert kept["taken"] == kept["sites"]
     counts = json.loads(path.read_text())["counts"]
     assert counts["programs"] == 10 and counts["mutants"] > 2
     assert counts["taken clamp_swiglu_quant"] == counts["sites clamp_swiglu_quant"] >= 10

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import _record
 from ._draws import Tally, chunk, prepare
+from ._record import BAD
 
 SIZE = 10  # programs and mutants a task: a failed task loses no more
 console = Console()
@@ -50,9 +52,10 @@ def main(
     only: Annotated[str, typer.Option(help="Families whose name holds this.")] = "",
     minutes: Annotated[float, typer.Option(help="Stop after this long; 0: never.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write it.")] = None,
+    keep: Annotated[bool, typer.Option(help="Add the run to tests/generated.json.")] = False,
 ) -> None:
     """Draw programs and mutants; exit 1 where one computes something else, or crashes."""
-    total, started = Tally(), time.monotonic()
+    total, started, tasks = Tally(), time.monotonic(), 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -63,17 +66,17 @@ def main(
         task = bar.add_task("programs", total=programs)
         for tally in _chunks(seed, programs, only, workers):
             total += tally
+            tasks += 1
             bad = sum(total.counts[k] for k in BAD)
             bar.update(task, completed=total.counts["programs"], description=f"programs, {bad} bad")
             if json_file is not None:
                 _write(json_file, total, started, seed)
             if minutes and time.monotonic() - started > 60 * minutes:
                 break
+    if keep:
+        _record.keep(_record.row(total, seed, tasks, time.monotonic() - started))
     _show(total)
     raise typer.Exit(int(any(total.counts[k] for k in BAD)))
-
-
-BAD = ("wrong", "crash", "mutant taken for another", "mutant crash", "generator")
 
 
 def _write(path: Path, tally: Tally, started: float, seed: int) -> None:

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from dsv4fuse import ops
 
-from . import _check, _mutants, _programs, _ways
+from . import _check, _mutants, _programs, _ways, host_sync
 from ._check import Outcome
+from ._hand import Hand
 from ._mutants import Mutant
 
 COMPILED = 20  # one program of this many goes through torch.compile, in one of these ways
@@ -96,6 +97,9 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
     def one(choose: Callable[..., Any]) -> None:
         number = seed * examples + tally.counts["programs"]  # through all tasks
         turn, left = divmod(number, COMPILED)
+        if left == 0 and only in host_sync.NAME:
+            _add(tally, _valid(choose), seed)
+            return
         name, way = WAYS[turn % len(WAYS)] if left == COMPILED - 1 else ("", _check.fused)
         two = _programs.two_sizes(choose, only) if way is None else None
         if two is not None:
@@ -108,6 +112,14 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
 
     drawn(one, seed, examples)
     return tally
+
+
+def _valid(choose: Callable[..., Any]) -> Outcome:
+    """Constants of the host, until their shapes fit."""
+    while True:
+        outcome = host_sync.check(host_sync.constants(Hand(choose)))
+        if not outcome.invalid:
+            return outcome
 
 
 def _add(tally: Tally, o: Outcome, seed: int) -> None:
@@ -135,7 +147,9 @@ def mutants(seed: int, examples: int, only: str = "") -> Tally:
     tally = Tally()
 
     def one(choose: Callable[..., Any]) -> None:
-        if choose(st.booleans()):
+        if only in host_sync.NAME and choose(st.integers(0, COMPILED - 1)) == 0:
+            found = host_sync.mutant(choose)
+        elif choose(st.booleans()):
             two = _programs.mutant(choose, only)
             found = None if two is None else _mutants.of_pieces(*two)
         else:

@@ -23,8 +23,13 @@ from dsv4fuse import exact
 _TABLE = select_decomp_table()
 
 
-def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
-    """The functional ATen graph of ``fn(*args)``; numbers among the arguments are constants."""
+def traced(
+    fn: Callable[..., Any], args: Sequence[Any], device: torch.device | None = None
+) -> fx.GraphModule:
+    """The functional ATen graph of ``fn(*args)``; numbers among the arguments are constants.
+
+    ``device``: as if the tensors were there, whether it is or not.
+    """
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
     def body(*tensors: Tensor) -> Any:
@@ -46,6 +51,10 @@ def traced(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(args[i], static_shapes=True) for i in places]
+    if device is not None:
+        with mode:
+            fakes = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=device)
+                     for f in fakes]  # fmt: skip
     with torch.no_grad(), mode:
         module = make_fx(body, _TABLE, tracing_mode="real")(*fakes)
     module.graph.eliminate_dead_code()

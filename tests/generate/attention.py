@@ -105,7 +105,7 @@ def chosen(hand: Hand) -> Site:
     index = hand.number("index", (torch.int64, torch.int32))
     names = {"gather": GATHERED["gather"]} if index == torch.int64 else {}
     weigh = hand.pick("weights", _attentions.WEIGHTS, mutants=EDITS, of="cat_softmax")
-    way = hand.pick("rows", names | {n: f for n, f in GATHERED.items() if n != "gather"})
+    way = hand.pick("gathered", names | {n: f for n, f in GATHERED.items() if n != "gather"})
     fn, first, last = way(weigh), hand.seam("in front"), hand.seam("behind")
     # Where nothing is seen, a softmax without the sink is a NaN.
     none = hand.words["weights"] != "by_logsumexp" and hand.flag("none seen")
