@@ -16,7 +16,9 @@ from ..spellings._case import BF16, FP16, FP32, Draw
 T = TypeVar("T")
 Fn = Callable[..., Any]
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
-SIZES = ("B", "S", "T", "rows", "windows")  # of what the tokens are, which may be symbols
+# Of the tokens, which may be symbols; not windows: torch does not know that as many rows of tables
+# are a quarter of the rows of kv, a symbol of their own.
+SIZES = ("B", "S", "T", "rows")
 EPS = (0.0123, 1e-6, 1e-5, 0.25)  # no bf16 number, two usual ones, and one that decides much
 
 
