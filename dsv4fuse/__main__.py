@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import dsv4fuse
-from dsv4fuse.bench_command import bench, token_counts
+from dsv4fuse.bench.command import bench, kernels
 from dsv4fuse.factory import FactoryError, build, parse_options
 from dsv4fuse.options import OptionError
 from dsv4fuse.report import FusionError, Report
@@ -88,36 +88,7 @@ def explain(
 
 
 app.command()(bench)
-
-
-@app.command()
-def kernels(
-    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
-    model: Annotated[str, typer.Option(help="flash, pro or pro-tp8.")] = "flash",
-    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
-    capability: Annotated[int, typer.Option(help="10 × the GPU's compute capability.")] = 90,
-    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Also write it.")] = "",
-) -> None:
-    """Compile the kernels for a GPU that need not be here: registers, spills, shared memory."""
-    try:
-        from dsv4fuse import bench as timing
-        from dsv4fuse import built
-    except ImportError as error:
-        fail(f"This needs Triton: {error}.", 2)
-    counts = token_counts(fusions or [], [model], tokens, timing.MODELS)
-    try:
-        with progress() as advance:
-            found = built.launches(
-                fusions or [], timing.MODELS[model], counts, capability, advance
-            )
-    except RuntimeError as error:
-        fail(str(error), 2)
-    timing.Console().print(built.table(found, capability))
-    if json_file:
-        built.save(found, pathlib.Path(json_file), capability)
-    said = built.wrong(found, capability)
-    if said:
-        fail("\n".join(said), 1)
+app.command()(kernels)
 
 
 @app.command()

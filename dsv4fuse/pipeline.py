@@ -6,14 +6,12 @@ import dataclasses
 import time
 from collections import Counter
 
-import torch
 from torch import fx
 
 from dsv4fuse import chaining, compat, rewrite, select, trial, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
-from dsv4fuse.precompile import precompile
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
@@ -37,7 +35,6 @@ def run(graph: fx.Graph, options: Options) -> Report:
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
     nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
-    _compile_ahead(waiting, options)
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
@@ -62,25 +59,6 @@ def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.
     found = chaining.chained(scene, [(c, _region(scene, c)) for c in found])
     found = [dataclasses.replace(c, like=_like(scene, c)) for c in found]
     return [(c, _region(scene, c)) for c in _named(scene, found)]
-
-
-def _compile_ahead(waiting: list[tuple[Candidate, list[fx.Node]]], options: Options) -> None:
-    """The kernels of the sites that will be run, on a GPU; not of those inside a larger one."""
-    covered, tried = set[fx.Node](), list[Candidate]()
-    for candidate, region in waiting:
-        outer = not covered.issuperset(region)
-        covered.update(region)
-        if outer and candidate.unsupported is None and _device(candidate).type == "cuda":
-            take = select.decide(candidate, options).take
-            if take is None or take and options.verify:
-                tried.append(candidate)
-    if tried:
-        precompile(tried, _device(tried[0]))
-
-
-def _device(candidate: Candidate) -> torch.device:
-    value = candidate.root.meta["val"]
-    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
 
 
 def _planned(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv4fuse.stopwatch import captured, milliseconds
+from dsv4fuse.bench.stopwatch import captured, milliseconds
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv4fuse import bench
 from dsv4fuse.__main__ import app
+from dsv4fuse.bench import fusions as bench
 from dsv4fuse.fusion import Example, registry
 from dsv4fuse.report import FusionError
 

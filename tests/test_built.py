@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dsv4fuse import built
+from dsv4fuse.bench import kernels as built
 from dsv4fuse.fusion import has_kernel, registry
 
 # Spills of a few registers: bytes of stack of a thread that a kernel may have.

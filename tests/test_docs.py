@@ -12,8 +12,9 @@ import pytest
 import typer
 
 import dsv4fuse
-from dsv4fuse import bench, catalog, e2e, launches_plot, plot
+from dsv4fuse import catalog
 from dsv4fuse.__main__ import app
+from dsv4fuse.bench import fusions, fusions_plot, models, models_plot
 from dsv4fuse.fusion import registry
 
 from ._pages import Block, Sandbox, blocks, pages, plain
@@ -144,11 +145,11 @@ def made_of(path: pathlib.Path) -> str:
     """The digest of what a picture shows, from the files as they are now."""
     measured = ROOT / "kernels" / f"{path.stem}.json"
     if measured.exists():
-        rows, _ = bench.load(measured)
-        return plot.made_of(rows)
+        rows, _ = fusions.load(measured)
+        return fusions_plot.made_of(rows)
     (command,) = (c for b in those("sh") for c in b.commands if "--e2e" in c and path.name in c)
-    runs = [r for f in re.findall(r"--from (\S+)", command) for r in e2e.load(ROOT / f)[0]]
-    return launches_plot.made_of(runs)
+    runs = [r for f in re.findall(r"--from (\S+)", command) for r in models.load(ROOT / f)[0]]
+    return models_plot.made_of(runs)
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda p: p.stem)
@@ -180,9 +181,9 @@ def test_picture_is_legible_on_light_and_dark(path):
 
 
 def test_what_inductor_launches_is_not_called_ours():
-    profile = e2e.Profile("inductor", families={"dsv4fuse": (4, 0.1), "Inductor": (5, 1.0)})
-    assert launches_plot.parts(profile, 0)["dsv4fuse"] == 0
-    assert launches_plot.parts(profile, 0)["others"] == 4
+    profile = models.Profile("inductor", families={"dsv4fuse": (4, 0.1), "Inductor": (5, 1.0)})
+    assert models_plot.parts(profile, 0)["dsv4fuse"] == 0
+    assert models_plot.parts(profile, 0)["others"] == 4
 
 
 # Where fusions are taken -------------------------------------------------------------------------

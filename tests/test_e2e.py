@@ -11,9 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv4fuse import e2e, e2e_table, launches, machine
 from dsv4fuse.__main__ import app
-from dsv4fuse.e2e import Profile, Run
+from dsv4fuse.bench import launches, machine
+from dsv4fuse.bench import models as e2e
+from dsv4fuse.bench import models_table as e2e_table
+from dsv4fuse.bench.models import Profile, Run
 from dsv4fuse.fusion import registry
 
 FACTORIES = """

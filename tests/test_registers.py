@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv4fuse import bench, registers
+from dsv4fuse.bench import fusions as bench
+from dsv4fuse.bench import registers
+from dsv4fuse.bench.registers import Kernel
 from dsv4fuse.fusion import registry
-from dsv4fuse.registers import Kernel
 
 
 def launcher(registers, spills=0, warps=4, **kwargs):

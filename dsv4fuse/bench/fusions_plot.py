@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv4fuse.bench import Row
+from dsv4fuse.bench.fusions import Row
 
 TEXT = "#7a7f87"
 BEFORE, AFTER, FLOOR = "#d0702e", "#2f81f7", TEXT

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4fuse.launches import kernel_names
+from dsv4fuse.bench.launches import kernel_names
 
 
 @dataclass(frozen=True)

@@ -173,12 +173,14 @@ def launches(
 
 def table(found: Sequence[Launch], capability: int) -> Table:
     """One row a kernel; what does not fit that GPU is marked."""
-    out = Table(*"fusion variant tokens kernel warps registers stack shared s".split())
+    out = Table()
+    for title in ("fusion", "tokens", "kernel", "warps", "regs", "stack", "shared", "s"):
+        out.add_column(title, overflow="fold", no_wrap=title == "kernel")
     for row in found:
         b = row.built
         shared = f"{b.shared}{'' if fits(b, capability) else ' TOO MUCH'}"
         figures = (str(b.warps), str(b.registers), str(b.stack), shared, f"{b.seconds:.2f}")
-        out.add_row(row.fusion, row.variant, str(row.tokens), b.kernel,
+        out.add_row(f"{row.fusion} ({row.variant})", str(row.tokens), b.kernel,
                     *((b.error,) if b.error else figures))  # fmt: skip
     return out
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from dsv4fuse import backend, compat, launches, measure, stopwatch, verify
+from dsv4fuse import backend, compat, measure, verify
+from dsv4fuse.bench import launches, stopwatch
 from dsv4fuse.factory import FactoryError
 from dsv4fuse.report import Report, Site
 

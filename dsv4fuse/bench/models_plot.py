@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4fuse.e2e import Profile, Run
-from dsv4fuse.launches import INDUCTOR, MATRIX, OURS
-from dsv4fuse.plot import AFTER, BEFORE, TEXT, digest, save, styled
+from dsv4fuse.bench.fusions_plot import AFTER, BEFORE, TEXT, digest, save, styled
+from dsv4fuse.bench.launches import INDUCTOR, MATRIX, OURS
+from dsv4fuse.bench.models import Profile, Run
 
 WAYS = {"inductor": "torch.compile", "dsv4fuse": "with dsv4fuse"}
 COLOURS = {MATRIX: "#8f6fd8", OURS: AFTER, INDUCTOR: BEFORE, "others": TEXT}

@@ -1,4 +1,5 @@
-"""``python -m dsv4fuse bench``: single fusions on a GPU or, with ``--e2e``, whole models."""
+"""``python -m dsv4fuse bench``: single fusions on a GPU or, with ``--e2e``, whole models; and
+``kernels``: what they compile to, for a GPU that need not be here."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ def _fusions(
     if not measured and not torch.cuda.is_available():
         fail("There is no GPU here: the benchmark times Triton kernels.", 2)
     try:
-        from dsv4fuse import bench as timing
+        from dsv4fuse.bench import fusions as timing
     except ImportError as error:
         fail(f"The benchmark needs Triton: {error}.", 2)
     counts = token_counts(fusions, models, tokens or "1,64,1024,8192", timing.MODELS)
@@ -114,7 +115,7 @@ def _fusions(
             rows, wrong = timing.run(fusions, models, counts, path, advance)
         made_on = timing.environment()
     if plot:
-        from dsv4fuse import plot as pictures
+        from dsv4fuse.bench import fusions_plot as pictures
 
         _draw(pictures.draw, rows, made_on, plot)
     if wrong:
@@ -140,6 +141,35 @@ def token_counts(
     return counts
 
 
+def kernels(
+    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    model: Annotated[str, typer.Option(help="flash, pro or pro-tp8.")] = "flash",
+    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
+    capability: Annotated[int, typer.Option(help="10 × the GPU's compute capability.")] = 90,
+    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Also write it.")] = "",
+) -> None:
+    """Compile the kernels for a GPU that need not be here: registers, spills, shared memory."""
+    try:
+        from dsv4fuse.bench import fusions as timing
+        from dsv4fuse.bench import kernels as built
+    except ImportError as error:
+        fail(f"This needs Triton: {error}.", 2)
+    counts = token_counts(fusions or [], [model], tokens, timing.MODELS)
+    try:
+        with progress() as advance:
+            found = built.launches(
+                fusions or [], timing.MODELS[model], counts, capability, advance
+            )
+    except RuntimeError as error:
+        fail(str(error), 2)
+    timing.Console().print(built.table(found, capability))
+    if json_file:
+        built.save(found, pathlib.Path(json_file), capability)
+    said = built.wrong(found, capability)
+    if said:
+        fail("\n".join(said), 1)
+
+
 def _loaded(load: Any, files: list[str]) -> tuple[list[Any], dict[str, Any]]:
     found, made_on = list[Any](), dict[str, Any]()
     for file in files:
@@ -161,51 +191,51 @@ def _draw(draw: Any, found: list[Any], made_on: dict[str, Any], file: str) -> No
 
 
 def _models(
-    models: list[str], asked: dict[str, Any], ways: str, options: str, json_path: str, plot: str,
+    names: list[str], asked: dict[str, Any], ways: str, options: str, json_path: str, plot: str,
     measured: list[str] | None,
 ) -> None:  # fmt: skip
-    from dsv4fuse import e2e, e2e_table, launches_plot, machine
+    from dsv4fuse.bench import machine, models, models_plot, models_table
 
     made_on: Mapping[str, Any]
     if measured:
-        runs, made_on = _loaded(e2e.load, measured)
+        runs, made_on = _loaded(models.load, measured)
         for file in measured:
-            e2e_table.show(*_loaded(e2e.load, [file]))
+            models_table.show(*_loaded(models.load, [file]))
     else:
         runs, made_on = [], machine.environment()
         try:
-            for run in _measured(models, asked, ways, options):
+            for run in _measured(names, asked, ways, options):
                 runs.append(run)
                 if json_path:  # after each: the next one may take the machine down
-                    e2e.save(runs, made_on, pathlib.Path(json_path))
-            e2e_table.show(runs, made_on)
+                    models.save(runs, made_on, pathlib.Path(json_path))
+            models_table.show(runs, made_on)
         except (FactoryError, OptionError) as error:
             fail(str(error), 2)
         except OSError as error:
             fail(f"--json {json_path!r}: {error.strerror}.", 2)
     if plot:
-        _draw(launches_plot.draw, runs, dict(made_on), plot)
+        _draw(models_plot.draw, runs, dict(made_on), plot)
     ours = (profile for run in runs for profile in run.profiles if profile.name == "dsv4fuse")
     if not measured and any(profile.failed for profile in ours):
         fail("dsv4fuse could not run everything; the table says why.", 1)
 
 
-def _measured(models: list[str], asked: dict[str, Any], ways: str, options: str) -> Iterator[Any]:
+def _measured(names: list[str], asked: dict[str, Any], ways: str, options: str) -> Iterator[Any]:
     """Each step of each model, measured when it is asked for."""
     import torch
 
-    from dsv4fuse import e2e
+    from dsv4fuse.bench import models
 
     gpu = torch.cuda.is_available()
-    chosen = ways.split(",") if ways else [w for w in e2e.WAYS if gpu or w != "inductor"]
-    if wrong := set(chosen) - set(e2e.WAYS):
-        fail(f"--ways takes {','.join(e2e.WAYS)}, not {', '.join(sorted(wrong))}.", 2)
+    chosen = ways.split(",") if ways else [w for w in models.WAYS if gpu or w != "inductor"]
+    if wrong := set(chosen) - set(models.WAYS):
+        fail(f"--ways takes {','.join(models.WAYS)}, not {', '.join(sorted(wrong))}.", 2)
     # Without a GPU the references of the ops, node by node: Inductor's C++ takes minutes.
     given: dict[str, Any] = {} if gpu else {"select": "always"}
     if not gpu and "inductor" not in chosen:
         given["inner"] = "eager"
     given |= parse_options(options or "{}")
-    plans = [(m, *plan) for m in models for plan in _steps(SHORT.get(m, m), asked, gpu)]
+    plans = [(m, *plan) for m in names for plan in _steps(SHORT.get(m, m), asked, gpu)]
     with warnings.catch_warnings(), progress() as advance:
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_")
         for name, step, sizes in plans:
@@ -215,7 +245,7 @@ def _measured(models: list[str], asked: dict[str, Any], ways: str, options: str)
                 advance(f"{what}, {way}", len(plans) * len(chosen))
 
             make = functools.partial(build, SHORT.get(name, name), **sizes)
-            yield e2e.run(make, chosen, given, show, model=name, step=step, sizes=shown)
+            yield models.run(make, chosen, given, show, model=name, step=step, sizes=shown)
 
 
 def _steps(factory: str, asked: dict[str, Any], gpu: bool) -> list[tuple[str, dict[str, Any]]]:

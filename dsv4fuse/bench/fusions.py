@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv4fuse import registers
 from dsv4fuse.backend import dsv4fuse
+from dsv4fuse.bench import registers
+from dsv4fuse.bench.machine import environment
 from dsv4fuse.fusion import Example, Fusion, Sizes, registry
-from dsv4fuse.machine import environment
 
 MODELS = {
     "flash": Sizes(),
