@@ -42,20 +42,17 @@ def mul_rn(a, b):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr, PURE: tl.constexpr = True):
-    """fp32 → dtype, nearest even. Two at a time: the single conversion runs at a quarter rate.
-
-    Not PURE: x's loads keep their layout where a product reads the result, and do not take its.
-    """
+def narrow(x, dtype: tl.constexpr):
+    """fp32 → dtype, nearest even. Two at a time: the single conversion runs at a quarter rate."""
     if INTERPRET or dtype == tl.float32:
         return x.to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=PURE, pack=2
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2
         )
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, is_pure=PURE, pack=2
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, is_pure=True, pack=2
         )
 
 

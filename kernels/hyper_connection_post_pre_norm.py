@@ -30,7 +30,7 @@ from . import _common as common
 from . import _hyper as hyper
 from . import hyper_connection_post as behind
 from . import hyper_connection_pre as ahead
-from ._common import narrow, round_few
+from ._common import INTERPRET, narrow, round_few
 from ._hyper_mixes import product, sum_of_squares
 from ._launch import wrap_triton
 from ._norms import out_dtype
@@ -49,6 +49,16 @@ def _weight(at, EVERY: tl.constexpr, XD: tl.constexpr):
 
 
 @triton.jit
+def _where_it_lies(x):
+    """x itself, through a sum over an axis of one. The compiler would give each load that x is made
+    of the layout that a product reads x in; it does not look through a sum."""
+    if INTERPRET:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], 1, x.shape[1])), axis=1)
+
+
+@triton.jit
 def _stream(out_at, x_at, x_sh, post_at, comb_at, comb_sj, EVERY: tl.constexpr,
             EXACT: tl.constexpr, XD: tl.constexpr):  # fmt: skip
     """A new stream: one old one at a time, since all of them do not fit into registers."""
@@ -57,7 +67,8 @@ def _stream(out_at, x_at, x_sh, post_at, comb_at, comb_sj, EVERY: tl.constexpr,
         x = tl.load(x_at + j * x_sh).to(tl.float32)
         mixed += _weight(comb_at + j * comb_sj, EVERY, XD) * x
     out = tl.load(out_at).to(tl.float32)
-    return narrow(joined(_weight(post_at, EVERY, XD), out, mixed, EVERY, EXACT, XD), XD, False)
+    new = joined(_weight(post_at, EVERY, XD), out, mixed, EVERY, EXACT, XD)
+    return _where_it_lies(narrow(new, XD))
 
 
 @triton.jit
