@@ -95,12 +95,12 @@ def programs(seed: int, examples: int, only: str = "") -> Tally:
     tally = Tally()
 
     def one(choose: Callable[..., Any]) -> None:
-        number = seed * examples + tally.counts["programs"]  # through all tasks
-        turn, left = divmod(number, COMPILED)
-        if left == 0 and only in host_sync.NAME:
+        # Drawn: hypothesis draws again, and may not meet another program for what was counted.
+        kind = choose(st.integers(0, COMPILED - 1))
+        if kind == 0 and only in host_sync.NAME:
             _add(tally, _valid(choose), seed)
             return
-        name, way = WAYS[turn % len(WAYS)] if left == COMPILED - 1 else ("", _check.fused)
+        name, way = choose(st.sampled_from(WAYS)) if kind == 1 else ("", _check.fused)
         two = _programs.two_sizes(choose, only) if way is None else None
         if two is not None:
             outcome = _ways.two_sizes(*two)

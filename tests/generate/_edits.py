@@ -82,7 +82,9 @@ def edits_of(node: fx.Node) -> Iterator[tuple[str, Edit]]:
             and isinstance(node.args[i], int | float)
             and node.args[i] is not True
         ):
-            yield "another number", _argument(i, _other(node.args[i]))
+            odd = node.target is aten.pow.Tensor_Scalar  # a root of odd powers is NaN of any sign
+            other = node.args[i] + 2 if odd else _other(node.args[i])
+            yield "another number", _argument(i, other)
     if node.target in AXES and isinstance(axis := node.args[AXES[node.target]], int | list):
         other = axis - 1 if isinstance(axis, int) else [a - 1 for a in axis]
         yield "another axis", _argument(AXES[node.target], other)
