@@ -134,6 +134,15 @@ def test_the_check_sees_a_rounding_that_the_fused_op_lacks():
     assert said.count("rejected") > 0.7 * len(said), said
 
 
+def test_a_write_of_the_last_row_alone_is_checked():
+    """Of rows that indices choose the last may be written twice; of no other is it left out."""
+    words = {"write": "one row from the end", "norm or none": "norm"}
+    site = _programs.families()["norm_rope_cache: kv written"](Hand(_first, words))
+    found = [m for m in _mutants.every(site, ("negated",)) if m.forced]
+    assert found and {m.forced for m in found} <= {"rejected", "equal"}, found
+    assert any(m.forced == "rejected" for m in found)
+
+
 def test_two_ways_to_the_graph_are_one():
     """The light tracer shows the pass what torch.compile does."""
     for name in ("norm_rope_cache: kv written", "inv_rope_quant: in groups"):
