@@ -8,9 +8,9 @@ Shapes   out ``[T,D]``, x ``[T,4,D]``, post ``[T,4]``, comb ``[T,4,4]``, fn ``[2
 Dtypes   out, x and new one of bf16, fp16, fp32; y as PyTorch promotes; the rest any of these, next
          post and comb fp32.
 Strides  those of the two ops. Results dense.
-Rounding that of the two ops one after the other, bit for bit: the mixes are those of the streams
-         as they are stored, in the same pieces of K and the same order; a row has the same bits in
-         any batch.
+Rounding that of the two ops one after the other: the mixes are those of the streams as they are
+         stored, in the same pieces of K and the same order. The same bits as theirs, and of a row
+         in any batch, in the interpreter; on a GPU not yet compared.
 Launches two: the first writes the new streams and, as it holds them, their products with fn; a
          token's 24 mixes need all of its columns, so that the second adds the pieces and reads the
          streams once more for their weighted sum. The two ops by themselves read them twice.

@@ -227,11 +227,12 @@ def _call(site: Site, given: list[Tensor], numerics: str) -> Tensor:
     b = w.shape[0] if isinstance(b, int) and b == 1 else b
     w, q, k = w.expand(b, t, -1), q.expand(b, -1, -1, -1), k.expand(b, -1, -1)
     ends: dict[str, Tensor] = {}
-    for bound, n in zip(site.bounds, given[3:], strict=False):
+    scales = given[3 + len(site.bounds) :]
+    for bound, n in zip(site.bounds, given[3 : 3 + len(site.bounds)], strict=True):
         n = placed(n, bound.seat.axes, site.order).expand(b, t)
         ends["end" if bound.end else "start"] = n + 1 if bound.plus else n
     if site.keys is not None:
-        ends["k_scale"] = placed(given[-1], site.keys.axes, (batch, rank - 1)).expand(b, -1)
+        ends["k_scale"] = placed(scales[0], site.keys.axes, (batch, rank - 1)).expand(b, -1)
     out = torch.ops.dsv4fuse.indexer_logits(
         q, k, w, scale=site.scale, scale_dots=site.of_dots, rounding=site.rounding,
         precise=numerics == "precise", **ends,
