@@ -114,6 +114,7 @@ def launch(
         ITERS=iters, NORM_EPS=norm_eps, EPS=eps,
         NORM=common.NORMS[norm.rounding] if norm else 0, Y_EPS=norm.eps if norm else 0.0,
         HAS_W=norm is not None and norm.weight is not None, KEEP_Y=y is not None, PRECISE=precise,
+        WEIGHTS=post is not None,
         num_warps=NORM_WARPS if norm is not None else 1 if block < 256 else config.warps,
     )  # fmt: skip
 

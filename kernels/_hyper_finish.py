@@ -178,22 +178,26 @@ def finish_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr,
     GROUPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, ITERS: tl.constexpr,
     NORM_EPS: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, Y_EPS: tl.constexpr,
-    HAS_W: tl.constexpr, KEEP_Y: tl.constexpr, PRECISE: tl.constexpr,
+    HAS_W: tl.constexpr, KEEP_Y: tl.constexpr, PRECISE: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs write ROWS tokens' post and comb, each other BLOCK of one token's y."""
+    """The first programs write ROWS tokens' post and comb, each other BLOCK of one token's y.
+
+    Without WEIGHTS there are no such programs, and no code that torch would believe writes them.
+    """
     pid = tl.program_id(0)
-    if pid < weight_programs:
-        tokens_of = pid * ROWS + tl.arange(0, ROWS)
-        live = tokens_of < tokens
-        z = activated(part_ptr, scale_ptr, base_ptr, tokens_of, live, tokens, 4 * D, OUT, N,
-                      GROUPS, CHUNKS, NORM_EPS, ROWS)  # fmt: skip
-        _write_weights(z, post_ptr, comb_ptr, tokens_of, live, N, EPS, ITERS)
-    else:
+    place = pid - weight_programs
+    if WEIGHTS:
+        if place < 0:
+            tokens_of = pid * ROWS + tl.arange(0, ROWS)
+            live = tokens_of < tokens
+            z = activated(part_ptr, scale_ptr, base_ptr, tokens_of, live, tokens, 4 * D, OUT, N,
+                          GROUPS, CHUNKS, NORM_EPS, ROWS)  # fmt: skip
+            _write_weights(z, post_ptr, comb_ptr, tokens_of, live, N, EPS, ITERS)
+    if place >= 0:
         SPLIT: tl.constexpr = (D + BLOCK - 1) // BLOCK
-        place = tokens * SPLIT - 1 - (pid - weight_programs)  # what was read last is still in L2
-        token = place // SPLIT
+        place = tokens * SPLIT - 1 - place  # what was read last is still in L2
         _write_collapsed(
-            x_ptr, part_ptr, scale_ptr, base_ptr, w_ptr, y_ptr, normed_ptr, tokens, token,
+            x_ptr, part_ptr, scale_ptr, base_ptr, w_ptr, y_ptr, normed_ptr, tokens, place // SPLIT,
             place % SPLIT, x_st, x_sh, D, BLOCK, OUT, N, GROUPS, CHUNKS, NORM_EPS, EPS, NORM,
             Y_EPS, HAS_W, KEEP_Y, PRECISE,
         )  # fmt: skip

@@ -72,12 +72,9 @@ def _stream(out_at, x_at, x_sh, post_at, comb_at, comb_sj, EVERY: tl.constexpr,
 
 
 @triton.jit
-def _partial(part_ptr, part, tokens, token, live, total, squares, OUT: tl.constexpr,
-             N: tl.constexpr):
-    """The sums of one part, the squares behind the product's columns."""
-    o = tl.arange(0, N)
-    total = tl.where((o == OUT)[None, :], squares[:, None], total)
-    at = part_ptr + (part.to(tl.int64) * tokens + token)[:, None] * N + o[None, :]
+def _partial(part_ptr, part, tokens, token, live, total, N: tl.constexpr):
+    """The sums of one part."""
+    at = part_ptr + (part.to(tl.int64) * tokens + token)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(at, total, mask=live[:, None])
 
 
@@ -105,10 +102,8 @@ def post_mixes_kernel(
     post_at, comb_at = post_ptr + t * post_st, comb_ptr + t * comb_st
     columns = fn_ptr + o[None, :] * fn_so + lane[:, None]
     row = t[:, None]
-    t0 = tl.zeros((TOKENS, N), tl.float32)
+    t0 = tl.zeros((TOKENS, N), tl.float32)  # column OUT: the sums of squares
     t1, t2, t3 = t0, t0, t0
-    s0 = tl.zeros((TOKENS,), tl.float32)
-    s1, s2, s3 = s0, s0, s0
     for c in range(CHUNKS):
         first = tl.multiple_of((part * CHUNKS + c) * STEP, STEP)
         col = (first + lane)[None, :]
@@ -117,14 +112,17 @@ def post_mixes_kernel(
             y = _stream(out_at, x_at, x_sh, post_at + k * post_sk, comb_at + k * comb_sk, comb_sj,
                         EVERY, EXACT, XD)  # fmt: skip
             tl.store(new_ptr + (row * 4 + k) * D + col, y, mask=live[:, None])
-            total = t0 + product(y, columns + k * D + first, OUT * fn_so, has, READY)
-            squares = s0 + sum_of_squares(y)
-            t0, t1, t2, t3 = t1, t2, t3, total  # after four streams each is where it was
-            s0, s1, s2, s3 = s1, s2, s3, squares
-    _partial(part_ptr, part, tokens, token, live, t0, s0, OUT, N)
-    _partial(part_ptr, part + PARTS, tokens, token, live, t1, s1, OUT, N)
-    _partial(part_ptr, part + 2 * PARTS, tokens, token, live, t2, s2, OUT, N)
-    _partial(part_ptr, part + 3 * PARTS, tokens, token, live, t3, s3, OUT, N)
+            sums = product(y, columns + k * D + first, OUT * fn_so, has, READY)
+            sums = tl.where((o == OUT)[None, :], sum_of_squares(y)[:, None], sums)
+            # Not by handing the four round in a ring: Triton 3.6 and 3.7 make zeros of that.
+            t0 = tl.where(k == 0, t0 + sums, t0)
+            t1 = tl.where(k == 1, t1 + sums, t1)
+            t2 = tl.where(k == 2, t2 + sums, t2)
+            t3 = tl.where(k == 3, t3 + sums, t3)
+    _partial(part_ptr, part, tokens, token, live, t0, N)
+    _partial(part_ptr, part + PARTS, tokens, token, live, t1, N)
+    _partial(part_ptr, part + 2 * PARTS, tokens, token, live, t2, N)
+    _partial(part_ptr, part + 3 * PARTS, tokens, token, live, t3, N)
 
 
 def _check(

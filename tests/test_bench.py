@@ -38,10 +38,10 @@ def machine(monkeypatch):
     calls = []
 
     def measure(fusion, variant, model, tokens):
-        calls.append((fusion.name, variant, model, tokens))
+        calls.append((fusion, variant, model, tokens))
         if tokens == 13:
             raise FusionError("Expected 1 site.\nand more")
-        return row(fusion.name, variant, tokens, agrees=tokens != 17)
+        return row(fusion, variant, tokens, agrees=tokens != 17)
 
     monkeypatch.setattr(bench, "measure", measure)
     return calls
@@ -135,8 +135,33 @@ def test_plot_of_what_was_measured(machine, tmp_path):
 
 @pytest.mark.gpu
 def test_one_fusion_on_a_gpu():
-    made = bench.measure(registry()["moe_router"], "topk", "flash", 64)
+    made = bench.measure("moe_router", "topk", "flash", 64)
     assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0
+
+
+def test_all_is_compiled_before_anything_is_timed(machine, monkeypatch):
+    said = []
+
+    def compile_all(sites, workers, progress):
+        assert workers == 3 and not machine
+        said.extend(sites)
+
+    monkeypatch.setattr(bench, "compile_all", compile_all)
+    result = run(NAMES[0], "--tokens", "1,13", "--model", "pro", "--model", "flash", "--workers", 3)
+    assert result.exit_code == 1 and machine == said
+
+
+@pytest.mark.gpu
+def test_compiled_ahead_on_a_gpu(monkeypatch, tmp_path):
+    """By other processes, into the caches on disk: here nothing is left to compile."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    bench.compile_all([("moe_router", "topk", "flash", 64)], 2, lambda *_: None)
+    counters.clear()
+    bench.measure("moe_router", "topk", "flash", 64)
+    assert not counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
 
 
 def test_progress_counts_every_row(machine):

@@ -1,4 +1,4 @@
-"""What torch believes a kernel writes: nothing but its outputs and caches.
+"""What torch believes a kernel writes: nothing but its outputs and caches, each given once.
 
 torch reads a kernel's IR for that, with plain ints for sizes. Where the reading fails it takes
 every argument for written: Inductor copies them and gives up CUDA graphs. Nothing else shows it.
@@ -57,6 +57,9 @@ for name, (args, kwargs) in calls("cpu").items():
             given_to = node.kwargs["kwargs"]
             written = [a for a in node.kwargs["tensors_to_clone"] if given_to[a] in inputs]
             print(name, ",".join(written))
+            # Of a tensor given twice torch would keep what one of the two arguments became.
+            tensors = [given_to[a] for a in node.kwargs["tensors_to_clone"]]
+            assert len(tensors) == len(set(tensors)), (name, node.kwargs["tensors_to_clone"])
 assert not said, said
 print("done")
 """

@@ -58,6 +58,9 @@ Ways = Annotated[
     str, typer.Option(help="With --e2e: of eager,inductor,dsv4fuse; no inductor without a GPU.")
 ]
 Options = Annotated[str, typer.Option(help="With --e2e: options of dsv4fuse as JSON.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes that compile all, before the first is timed.")
+]
 
 
 def bench(
@@ -77,6 +80,7 @@ def bench(
     new: New = None,
     ways: Ways = "",
     options: Options = "",
+    workers: Workers = 1,
 ) -> None:
     """Time each fusion, or (--e2e) whole models, against eager and Inductor on this machine."""
     sizes = {"size": size, "layers": layers, "experts": experts, "batch": batch, "length": length,
@@ -86,7 +90,7 @@ def bench(
         if asked or ways or options:
             given = [*asked, *["ways"] * bool(ways), *["options"] * bool(options)]
             fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
-        _fusions(fusions or [], model or ["flash"], tokens, json_path, plot, measured)
+        _fusions(fusions or [], model or ["flash"], tokens, json_path, plot, measured, workers)
     elif fusions or tokens:
         fail("--e2e measures whole models: it takes neither fusions nor --tokens.", 2)
     else:
@@ -95,7 +99,7 @@ def bench(
 
 def _fusions(
     fusions: list[str], models: list[str], tokens: str, json_path: str, plot: str,
-    measured: list[str] | None,
+    measured: list[str] | None, workers: int,
 ) -> None:  # fmt: skip
     import torch
 
@@ -112,7 +116,7 @@ def _fusions(
     else:
         path = pathlib.Path(json_path) if json_path else None
         with progress() as advance:
-            rows, wrong = timing.run(fusions, models, counts, path, advance)
+            rows, wrong = timing.run(fusions, models, counts, path, advance, workers)
         made_on = timing.environment()
     if plot:
         from dsv4fuse.bench import fusions_plot as pictures

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.bench import registers
+from dsv4fuse.bench.ahead import compile_all
 from dsv4fuse.bench.machine import environment
-from dsv4fuse.fusion import Example, Fusion, Sizes, registry
+from dsv4fuse.fusion import Example, Sizes, registry
 
 MODELS = {
     "flash": Sizes(),
@@ -67,25 +68,35 @@ class Row:
         return self.ours / self.inductor
 
 
-def measure(fusion: Fusion, variant: str, model: str, tokens: int) -> Row:
-    """One variant at one number of tokens. Raises FusionError if the site is not taken."""
+def example(name: str, variant: str, model: str, tokens: int) -> Example:
+    """The same inputs each time."""
     torch.manual_seed(0)
-    made = fusion.examples[variant](tokens, MODELS[model], "cuda")
+    return registry()[name].examples[variant](tokens, MODELS[model], "cuda")
+
+
+def both_ways(name: str, made: Example) -> tuple[Callable[..., object], Callable[..., object]]:
+    """(ours, Inductor's), compiled at their first calls; ours raises FusionError if not taken."""
+    torch._dynamo.reset()
+    options = {"select": "always", "expect": {name: 1}}
+    fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
+    return fused, torch.compile(made.fn, dynamic=False)
+
+
+def measure(name: str, variant: str, model: str, tokens: int) -> Row:
+    """One variant at one number of tokens. Raises FusionError if the site is not taken."""
+    made = example(name, variant, model, tokens)
     with torch.no_grad():
         wanted = _tensors(made.fn(*made.inputs))
-        torch._dynamo.reset()
-        options = {"select": "always", "expect": {fusion.name: 1}}
-        fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
+        fused, plain = both_ways(name, made)
         with registers.collected() as kernels:
             found = _tensors(fused(*made.inputs))
-        plain = torch.compile(made.fn, dynamic=False)
         plain(*made.inputs)
         agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
         times = _warm(ours)
         middle = statistics.median(times)
         return Row(
-            fusion.name, variant, model, tokens, statistics.median(_warm(inductor)), middle,
+            name, variant, model, tokens, statistics.median(_warm(inductor)), middle,
             floor(made, torch.cuda.get_device_name()), agrees, _captured(eager), cold(inductor),
             cold(ours), (max(times) - min(times)) / middle, made.moved / middle / 1e6,
             made.flops / middle / 1e6, tuple(kernels),
@@ -159,31 +170,35 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
 
 def run(
     names: Sequence[str], models: Sequence[str], tokens: Iterable[int], path: pathlib.Path | None,
-    progress: Callable[[str, int], None] = lambda text, total: None,
+    progress: Callable[[str, int], None] = lambda text, total: None, workers: int = 1,
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
-    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``).
+    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``),
+    after each row, so that a run that is cut short has what it has measured.
 
-    ``progress`` is called before each row with its name and the number of all rows.
+    ``progress`` is called before each row with its name and the number of all rows. More than one
+    of ``workers``: so many processes compile all rows before the first is timed.
     """
     console, rows, wrong = Console(), list[Row](), list[str]()
-    sites = list(_sites(names, tokens))
+    sites, made_on = list(_sites(names, tokens)), environment()
+    if workers > 1:
+        compile_all([(n, v, m, t) for m in models for n, v, t in sites], workers, progress)
     for model in models:
         table = Table(*TITLES, title=model)
         for name, variant, t in sites:
             progress(f"{name} ({variant}), {t} tokens", len(models) * len(sites))
             try:
-                row = measure(registry()[name], variant, model, t)
+                row = measure(name, variant, model, t)
             except Exception as error:  # one that cannot run does not hold up the others
                 said = (str(error).strip().splitlines() or [repr(error)])[0]
                 wrong.append(f"{name} ({variant}) at {t} tokens: {said}")
                 continue
             rows.append(row)
+            if path is not None:
+                save(rows, path, made_on)
             if not row.agrees:
                 wrong.append(f"{name} ({variant}) at {t} tokens differs from eager.")
             table.add_row(*_cells(row))
         console.print(table)
-    if path is not None:
-        save(rows, path, environment())
     return rows, wrong
 
 
