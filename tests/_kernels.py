@@ -5,9 +5,12 @@ Where Triton interprets (conftest.py decides) the kernels run on the CPU, otherw
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from dsv4fuse.kernels import _common as common
+from hypothesis import settings
 from torch import Tensor
 
 DEVICE = "cpu" if common.INTERPRETED else "cuda"
@@ -17,6 +20,13 @@ FP8 = torch.float8_e4m3fn
 MARKS = [] if common.INTERPRETED else [pytest.mark.gpu]
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 TOKENS = [1, 3, 127, 129] + ([1500] if GPU else [])
+
+
+def drawn(examples: int) -> settings:
+    """So many examples, for an interpreted kernel takes long; on a GPU with HYPOTHESIS_PROFILE=long
+    as many as that profile has (``--hypothesis-show-statistics`` counts them)."""
+    long = GPU and os.environ.get("HYPOTHESIS_PROFILE") == "long"
+    return settings() if long else settings(max_examples=examples)
 
 
 def rand(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
@@ -81,3 +91,30 @@ def summed(a: Tensor, b: Tensor, group: int = 1) -> None:
 def poisoned(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.full(shape, 777.0, dtype=dtype, device=DEVICE)
 
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    """Equal bytes (NaN equals NaN), dtypes and shapes, in whatever memory order."""
+    for x, y in zip(a, b, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        same = bits(x) == bits(y) if x.element_size() <= 4 else x == y
+        nan = x.float().isnan() & y.float().isnan() if x.dtype.is_floating_point else same
+        assert (same | nan).all()
+
+
+def all_near(
+    found: list[Tensor], wanted: list[Tensor], slack: float = 0.0, of: object = None
+) -> None:
+    """NaN and infinities in their places; else within rounding steps at a row's largest value."""
+    for x, y in zip(found, wanted, strict=True):
+        if not x.dtype.is_floating_point:
+            assert torch.equal(x, y), of
+            continue
+        x, y = x.double(), y.double()
+        assert torch.equal(x.isnan(), y.isnan()), of
+        assert torch.equal(x.where(x.isinf(), 0), y.where(y.isinf(), 0)), of
+        finite = x.isfinite()
+        x, y = x.where(finite, 0), y.where(finite, 0)
+        if x.numel():
+            step = 2 * torch.finfo(wanted[0].dtype).eps + slack
+            off, largest = (x - y).abs(), y.abs().amax(-1, keepdim=True)
+            assert (off <= step * largest).all(), (of, (off / largest).nan_to_num().max().item())

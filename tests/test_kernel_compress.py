@@ -9,7 +9,6 @@ import torch
 from dsv4fuse.kernels import _windows as windows
 from dsv4fuse.kernels import compress_kv as compress
 from hypothesis import given as given_sizes
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ._kernels import (
     FP16,
     FP32,
     MARKS,
+    drawn,
     poisoned,
     rand,
     same,
@@ -239,7 +239,7 @@ def test_gates_of_minus_infinity():
     assert worst_or_zero(got[:, :1], want[:, :1]) <= 1
 
 
-@settings(max_examples=8)
+@drawn(8)
 @given_sizes(st.integers(1, 3), st.integers(1, 6), st.sampled_from([(2, 2), (8, 0), (32, 32)]),
              st.integers(1, 5))  # fmt: skip
 def test_any_windows(batch, count, rows, lanes):

@@ -10,13 +10,13 @@ from dsv4fuse.kernels import _grouped_fp8 as fp8
 from dsv4fuse.kernels import _projection as projection
 from dsv4fuse.kernels import _strategies as strategies
 from dsv4fuse.kernels import inv_rope_grouped_bmm as grouped
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, drawn, rand, same, tables
 
 pytestmark = MARKS
 TOKENS = [1, 3, 4, 5, 127, 128, 129] + ([1000, 1500] if GPU else [])
@@ -103,7 +103,7 @@ def test_weights_of_any_strides():
         near(out, exact(o, cos, sin, like))
 
 
-@settings(max_examples=12)
+@drawn(12)
 @given(
     st.integers(1, 3), st.integers(0, 9), st.sampled_from([1, 2, 4]), st.integers(1, 3),
     st.sampled_from([(32, 16), (48, 16), (64, 64), (80, 32)]), st.integers(1, 20),

@@ -7,11 +7,11 @@ import torch
 from dsv4fuse.kernels import hyper_connection_post as post
 from dsv4fuse.kernels import hyper_connection_post_pre_norm as between
 from dsv4fuse.kernels import hyper_connection_pre as pre
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ._hyper import EPS, NORM_EPS, exact, mixing, near
-from ._kernels import BF16, FP16, FP32, GPU, MARKS, rand
+from ._kernels import BF16, FP16, FP32, GPU, MARKS, drawn, rand
 
 pytestmark = MARKS
 MIXES = dict(norm_eps=NORM_EPS, eps=EPS, iters=3)
@@ -97,7 +97,7 @@ def test_strides_no_tokens_and_nan():
     assert all(t[1].isnan().all() and not t[[0, 2]].isnan().any() for t in (y, *weights))
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(st.integers(1, 5), st.sampled_from([64, 128, 320]), st.sampled_from(["once", "every"]),
        st.integers(0, 2**31))  # fmt: skip
 def test_any_size(tokens, width, rounding, number):

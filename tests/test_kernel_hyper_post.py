@@ -6,10 +6,10 @@ import pytest
 import torch
 from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import hyper_connection_post as post
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ._kernels import BF16, FP16, FP32, GPU, MARKS, close, rand
+from ._kernels import BF16, FP16, FP32, GPU, MARKS, close, drawn, rand
 
 pytestmark = MARKS
 ROUNDINGS = ["once", "every"]
@@ -74,7 +74,7 @@ def test_no_tokens_and_nan():
     assert got[1, :, 3].isnan().all() and got.isnan().sum() == 4
 
 
-@settings(max_examples=6)
+@drawn(6)
 @given(st.integers(1, 6), st.sampled_from([64, 130, 256]), st.sampled_from(ROUNDINGS),
        st.integers(0, 2**31))  # fmt: skip
 def test_any_size(tokens, width, rounding, seed):

@@ -7,13 +7,13 @@ import torch
 from dsv4fuse.kernels import _hyper as hyper
 from dsv4fuse.kernels import hyper_connection_pre as pre
 from dsv4fuse.kernels import hyper_head as head
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4fuse import atoms
 
 from ._hyper import EPS, NORM_EPS, exact, mixing, near
-from ._kernels import BF16, FP16, FP32, GPU, MARKS, close
+from ._kernels import BF16, FP16, FP32, GPU, MARKS, close, drawn
 
 pytestmark = MARKS
 FP32_ERROR = 2e-6  # of long fp32 sums, through exponentials
@@ -119,7 +119,7 @@ def test_no_tokens():
     assert (y.shape, post.shape, comb.shape) == ((0, 64), (0, 4), (0, 4, 4))
 
 
-@settings(max_examples=4)
+@drawn(4)
 @given(st.integers(1, 3), st.integers(1, 3), st.floats(0.0, 8.0), st.integers(0, 2**31))
 def test_any_logits(tokens, iters, size, seed):
     """Gates that saturate, rows that are nearly one-hot."""

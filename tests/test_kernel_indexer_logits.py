@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4fuse.kernels import indexer_logits as m
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, MARKS, TOKENS, poisoned
+from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, MARKS, TOKENS, drawn, poisoned
 
 pytestmark = MARKS
 INF = float("-inf")
@@ -198,7 +198,7 @@ def test_nan_and_infinity_as_in_eager():
     assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
-@settings(max_examples=20)
+@drawn(20)
 @given(st.data())
 def test_any_shape(data):
     draw = lambda a, b: data.draw(st.integers(a, b))  # noqa: E731

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4fuse.kernels import indexer_q as m
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, drawn, rand, same, tables
 
 pytestmark = MARKS
 
@@ -102,7 +102,7 @@ def test_nothing_to_do(shape):
     assert codes.shape == x.shape and scales.shape == (*shape, 2)
 
 
-@settings(max_examples=15)
+@drawn(15)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.sampled_from([16, 64]))
 def test_any_shape(batch, length, heads, d):
     x, (cos, sin) = rand(batch, length, heads, d), tables(batch, length, 16)

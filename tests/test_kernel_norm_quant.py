@@ -6,13 +6,13 @@ import pytest
 import torch
 from dsv4fuse.kernels import _norms
 from dsv4fuse.kernels import norm_quant as nq
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, rand, same, summed
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, drawn, rand, same, summed
 from .test_kernel_norm_rope import eager_every
 from .test_kernel_swiglu import check_padding
 
@@ -149,7 +149,7 @@ def test_pieces_cover_a_row(width, least):
         assert all(p % least == 0 for p in found)
 
 
-@settings(max_examples=15)
+@drawn(15)
 @given(
     tokens=st.integers(1, 9), groups=st.integers(1, 7), group=st.sampled_from([32, 64, 128]),
     scale=st.sampled_from(["fp32", "pow2", "e8m0"]), col_major=st.booleans(),

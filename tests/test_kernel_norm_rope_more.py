@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4fuse.kernels import norm_rope_cache as rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, poisoned, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, drawn, poisoned, rand, same, tables
 from .test_kernel_norm_rope import check_rows, exact_norm_rope
 
 pytestmark = MARKS
@@ -134,7 +134,7 @@ def test_rows_as_bytes(d, rope, group, page_size, spare, layout):
     assert (cache[:, page_size * (d + rope + d // group) :] == 171).all()
 
 
-@settings(max_examples=8)
+@drawn(8)
 @given(
     tokens=st.integers(1, 6), page_size=st.integers(1, 6), pages=st.integers(1, 4),
     layout=st.sampled_from(["page", "row"]), data=st.data(),

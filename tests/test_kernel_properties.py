@@ -21,7 +21,7 @@ from dsv4fuse import Report, backend
 from dsv4fuse.fusion import Sizes, registry
 
 from . import _calls
-from ._kernels import DEVICE, GPU, bits
+from ._kernels import DEVICE, GPU, all_equal, all_near, bits
 from .sanitize import main
 
 pytestmark = pytest.mark.gpu if GPU else pytest.mark.long
@@ -78,31 +78,6 @@ def clones(s: Site) -> list[Tensor]:
     return [t.clone() for t in s.inputs]
 
 
-def equal(a: list[Tensor], b: list[Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        same = bits(x) == bits(y) if x.element_size() <= 4 else x == y
-        nan = x.float().isnan() & y.float().isnan() if x.dtype.is_floating_point else same
-        assert (same | nan).all()
-
-
-def near(found: list[Tensor], wanted: list[Tensor], slack: float, of: object = None) -> None:
-    """NaN and infinities in their places; else within rounding steps at a row's largest value."""
-    for x, y in zip(found, wanted, strict=True):
-        if not x.dtype.is_floating_point:
-            assert torch.equal(x, y), of
-            continue
-        x, y = x.double(), y.double()
-        assert torch.equal(x.isnan(), y.isnan()), of
-        assert torch.equal(x.where(x.isinf(), 0), y.where(y.isinf(), 0)), of
-        finite = x.isfinite()
-        x, y = x.where(finite, 0), y.where(finite, 0)
-        if x.numel():
-            step = 2 * torch.finfo(wanted[0].dtype).eps + slack
-            off, largest = (x - y).abs(), y.abs().amax(-1, keepdim=True)
-            assert (off <= step * largest).all(), (of, (off / largest).nan_to_num().max().item())
-
-
 def test_what_the_sanitizer_is_given():
     """Every op and every variant; on a GPU make sanitize runs it."""
     done = main(DEVICE, (3,))
@@ -128,9 +103,9 @@ def test_the_same_bits_again(made):
     """Run to run; what is not a cache is only read; and the site is taken in the first place."""
     given, again = clones(made), clones(made)
     first, second = made.run(made.fused, given), made.run(made.fused, again)
-    equal(first, second)
+    all_equal(first, second)
     eager = made.run(made.fn, clones(made))
-    near(first, eager, made.slack)
+    all_near(first, eager, made.slack)
     for ours, theirs, before in zip(given, eager[-len(given) :], made.inputs, strict=True):
         kept = bits(theirs) == bits(before) if ours.element_size() <= 4 else theirs == before
         assert torch.equal(ours[kept], before[kept]), "written where eager writes nothing"
@@ -159,11 +134,11 @@ def test_room_around_rows_is_neither_read_nor_written(made):
     before = [buffer.clone() for _, buffer in pairs]
     found = made.run(made.fused, [view for view, _ in pairs])
     dense = made.run(made.fused, clones(made))
-    near(found, dense, made.slack)
+    all_near(found, dense, made.slack)
     for (view, buffer), kept in zip(pairs, before, strict=True):
         view.zero_()
         _inside(kept).zero_()
-        equal([buffer], [kept])
+        all_equal([buffer], [kept])
 
 
 def _token_axes(name: str, variant: str, s: Site) -> list[int | None]:
@@ -192,7 +167,7 @@ def test_special_values(made):
             part = row if value in ("zeros", "-0", "subnormal") else row[..., :1]
             part.fill_(SPECIAL[value])
         ours, theirs = made.run(made.fused, given), made.run(made.fn, theirs)
-        near(ours, theirs, made.slack, (value, "in input", k))
+        all_near(ours, theirs, made.slack, (value, "in input", k))
 
 
 def test_rows_do_not_depend_on_their_number(made):
@@ -208,7 +183,7 @@ def test_rows_do_not_depend_on_their_number(made):
         many = made.run(fn, [t.clone() for t in whole])[: -len(whole)]
         less = made.run(fn, [t.clone() for t in part])[: -len(whole)]
         cut = [m[:few] if m.shape != n.shape else m for m, n in zip(many, less, strict=True)]
-        equal([c.contiguous() for c in cut], [n.contiguous() for n in less])
+        all_equal([c.contiguous() for c in cut], [n.contiguous() for n in less])
 
 
 def test_rounding_leans_nowhere(made):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, close, rand, same
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, close, drawn, rand, same
 
 pytestmark = MARKS
 FP32_FUNCS = [f for f in router.FUNCS if f not in ("sigmoid", "softmax", "sqrt_softplus")]
@@ -196,7 +196,7 @@ def test_precise():
     assert error[rows].mean() < (eager.double() - exact).abs()[rows].mean()
 
 
-@hypothesis.settings(max_examples=10)
+@drawn(10)
 @hypothesis.given(
     experts=st.integers(2, 400), k=st.integers(1, 16), tokens=st.integers(1, 5),
     ordered=st.booleans(), seed=st.integers(0, 2**31),

@@ -1,0 +1,64 @@
+"""Every op of drawn token counts and magnitudes, against its own reference on the same device.
+
+The test of one kernel knows more of it; this one is held to by an op that was added a minute ago.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dsv4fuse.kernels import _common as common
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv4fuse import ops
+
+from ._calls import calls
+from ._kernels import DEVICE, GPU, MARKS, all_equal, all_near, drawn
+
+pytestmark = MARKS
+# No sum is made in another order than the reference's: every byte is the same.
+BYTES = {"clamp_swiglu", "clamp_swiglu_quant", "hyper_connection_post", "indexer_q",
+         "indexer_q_quant", "inv_rope", "inv_rope_quant"}  # fmt: skip
+# fp32 mixes, and what 20 rounds of normalising leave of them; scores that are sums of many heads.
+SLACK = {"hyper_connection_pre": 3e-5, "hyper_connection_pre_norm": 3e-5, "hyper_head": 3e-5,
+         "hyper_connection_post_pre_norm": 3e-5, "indexer_logits": 3e-5}  # fmt: skip
+# Of equal scores each choice is right: test_kernel_router.py tells them apart.
+CHOOSING = {"moe_router", "moe_router_hash"}
+OPS = sorted(calls("cpu").keys() - CHOOSING)
+
+
+def _called(name: str, args: list[object], kwargs: dict[str, object]) -> list[Tensor]:
+    """The results and then the arguments, of which some may be written."""
+    found = getattr(ops, name)(*args, **kwargs)
+    given = [a for a in args if isinstance(a, Tensor)]
+    return [*([found] if isinstance(found, Tensor) else found), *given]
+
+
+def _scaled(args: tuple[object, ...], tokens: int, size: float) -> list[object]:
+    """Activations of another magnitude: what is bf16 and as long as there are tokens."""
+
+    def is_activation(a: object) -> bool:
+        return isinstance(a, Tensor) and a.dtype == torch.bfloat16 and tokens in a.shape
+
+    return [a * size if is_activation(a) else a for a in args]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", OPS)
+@drawn(1)
+@given(st.integers(1, 300 if GPU else 9), st.integers(-12, 8), st.integers(0, 999))
+@example(1, 0, 0)
+def test_as_the_reference(name, tokens, power, seed):
+    torch.manual_seed(seed)
+    args, kwargs = calls(DEVICE, tokens)[name]
+    mine = _scaled(args, tokens, 2.0**power)
+    theirs = [a.clone() if isinstance(a, Tensor) else a for a in mine]
+    found = _called(name, mine, kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "use_reference", lambda _: True)
+        wanted = _called(name, theirs, kwargs)
+    if name in BYTES:
+        all_equal(found, wanted)
+    else:
+        all_near(found, wanted, SLACK.get(name, 0.0))
