@@ -7,6 +7,7 @@ batch (seq).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import maps
 from dsv4fuse.layout import Order, arrange
-from dsv4fuse.maps import ZERO, Index
+from dsv4fuse.maps import ZERO, Index, Size
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Scene
 from dsv4fuse.writes import Place, Write
@@ -92,8 +93,10 @@ def slots(scene: Scene, root: fx.Node, order: Order, writes: list[Write]) -> Slo
         if rows is None or write.value.meta["val"].dtype != write.cache.meta["val"].dtype:
             continue
         own = {v: axis for axis, v in enumerate(rows) if v is not None}
-        places = tuple(_renamed(p, own) for p in write.places)
-        own_order = seated(order, places) if len(places) in (1, 2) else None
+        extents = maps.sizes_of(write.value.meta["val"])
+        places = tuple(p for w in write.places if (p := _named(w, own, extents)))
+        whole = len(places) == len(write.places) and len(places) in (1, 2)
+        own_order = seated(order, places) if whole else None
         if own_order is not None:
             return Slots(write, places, own_order)
     return None
@@ -128,7 +131,9 @@ def _span(
         return None
     *lead, place = write.places
     run, axes = m[sequence], [i.whole() for i in m]
-    rows = write.value.meta["val"].shape[place.along] if place.along is not None else None
+    extents = maps.sizes_of(write.value.meta["val"])
+    named = [_named(p, {v: k for k, v in enumerate(axes) if v is not None}, extents) for p in lead]
+    rows = 1 if place.along is None else extents[place.along]
     moved = Index(0, run.terms).whole()
     fixed = [p for p in write.places if p.index is None and isinstance(p.start, int)]
     numbers = isinstance(run.offset, int) and isinstance(rows, int)
@@ -137,19 +142,23 @@ def _span(
     broken = any(axes[k] is None and m[k] != ZERO for k in rest)
     if broken or not maps.whole_axes([m[k] for k in rest], [shape[k] for k in rest]):
         return None
-    if moved is None or moved != place.along or len(fixed) < len(write.places):
+    follows = moved == place.along if run.terms else rows == 1
+    if None in named or not follows or len(fixed) < len(write.places):
         return None
     if write.value.meta["val"].dtype != write.cache.meta["val"].dtype or not numbers:
         return None
-    batch = [replace(p, along=None if p.along is None else axes.index(p.along)) for p in lead]
-    return run.offset, place.start, rows, batch[0] if batch else None
+    return run.offset, place.start, rows, named[0] if named else None
 
 
-def _renamed(place: Place, own: dict[int, int]) -> Place:
-    """A place with its axes named by the root instead of the written value."""
-    axes = tuple(None if a is None else own.get(a) for a in place.axes)
-    along = None if place.along is None else own.get(place.along, place.along)
-    return replace(place, axes=axes, along=along)
+def _named(place: Place, axes: Mapping[int, int], extents: tuple[Size, ...]) -> Place | None:
+    """A place with the written value's axes named by the root's; None where the root lacks one.
+    Along an axis of one it is one row, whether the root has that axis or not."""
+    if place.along is not None and extents[place.along] == 1:
+        place = replace(place, along=None)
+    if not {place.along, *place.axes} <= {None, *axes}:
+        return None  # the write repeats a row of the root
+    rows = tuple(None if a is None else axes[a] for a in place.axes)
+    return replace(place, axes=rows, along=None if place.along is None else axes[place.along])
 
 
 def seated(order: Order, places: tuple[Place, ...]) -> Order | None:

@@ -147,6 +147,8 @@ def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
                 None if n == 1 else first + rank - own + j for j, n in enumerate(shape_of(i))
             )
             places.append(Place(index=i, axes=axes))
+        elif shape_of(base)[k] == 1:  # an assignment drops the value's leading axes of one
+            places.append(Place())
         else:
             places.append(Place(along=k if k < first else k - len(held) + rank))
     # A value of lower rank is broadcast; along axes of one place that is no repetition.

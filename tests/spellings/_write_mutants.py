@@ -110,6 +110,20 @@ def _one_sequence(cache, rows):
     cache[0, :2] = rows[0, 3:]
 
 
+def _the_same_pieces_again(cache, rows):
+    cache[:BATCH, :SEQ] = rows
+    cache[:BATCH, :SEQ] = rows * 2
+
+
+def _for_two_sequences(cache, rows):
+    cache[:2, 2 : 2 + SEQ] = rows.expand(2, -1, -1)
+
+
+for _name, _fn, _like in (
+    ("one sequence written twice", _the_same_pieces_again, "prefix"),
+    ("one sequence for two", _for_two_sequences, "span"),
+):
+    MUTANTS[_name] = (Write(_fn, (1, SEQ), (3, RING), nowhere), f"{_like}, one sequence")
 for _name, _fn in {
     "pieces of the first sequence": _one_sequence,
     "pieces that overlap": _pieces_overlap,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -303,6 +303,19 @@ def _scatter_ring(cache, rows, at):
 
 def _pages(cache, rows, slots):
     cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+
+
+@_rows(PREFILL, "ring in two pieces, one of one row", SEQ, nowhere, free=False)
+def _a_row_alone(cache, rows):
+    cache[: rows.shape[0], 4:8] = rows[:, :4]
+    cache[: rows.shape[0], :1] = rows[:, 4:]
+
+
+def one_sequence(write: Write) -> Write:
+    """The same with a batch of one, which leaves no axis in a graph."""
+    batch, length = write.rows
+    places, ring = write.cache
+    return replace(write, rows=(1, length), cache=(1 if batch == places else places, ring))
 
 
 PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), some_slots)

@@ -35,7 +35,7 @@ from ._partial_sums import (
     parts_inputs,
 )
 from ._steps import Layer, both, both_inputs, busy, layer_inputs, several, tables
-from ._writes import DECODE, FLAT, PAGES, PREFILL, Write
+from ._writes import DECODE, FLAT, PAGES, PREFILL, Write, one_sequence
 
 NAME = "norm_rope_cache"
 GROUP = 16
@@ -180,6 +180,10 @@ def joined(pieces: dict[str, Fn]) -> Fn:
 
 WRITES = FLAT | DECODE | PREFILL
 SPELLINGS |= {f"write: {name}": kv_case(write) for name, write in WRITES.items()}
+SPELLINGS |= {
+    f"write: {name}, one sequence": kv_case(one_sequence(write))
+    for name, write in (DECODE | PREFILL).items() if len(write.rows) == 2
+}  # fmt: skip
 SPELLINGS |= {f"pages: {name}": kv_case(write) for name, write in PAGES.items()}
 for _name, _pieces in _quants.VARIANTS.items():
     SPELLINGS[f"fake quant: {_name}"] = kv_case(
