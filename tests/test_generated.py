@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
 from dsv4fuse.kernels import _common as common
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -106,6 +108,22 @@ def test_mutants_of_graphs(data):
     found = _mutants.of_graph(_programs.site(data.draw), data.draw)
     if found is not None:
         assert not found.wrong and not found.crash, found
+
+
+def test_the_sign_of_a_nan_is_nobodys():
+    """Where an eps is subtracted, rows are NaN, and bytes of them are stored: of either sign. Other
+    bytes are told apart all the same."""
+    words = {"seed": "8", "norm": "none_index", "norm eps": "0.25", "bytes": "pow2_reciprocal"}
+    site = _programs.families()["norm_rope_cache: packed"](Hand(_first, words))
+    found = list(_mutants.every(site, ("another operation",)))
+    assert any(m.edit.endswith("at add = aten.add.Tensor") for m in found)
+    assert not [(m.edit, m.wrong, m.crash) for m in found if m.wrong or m.crash]
+    reads = _check.Site("", {}, lambda x: x.view(torch.uint8), (torch.tensor([torch.nan]),), {})
+    codes, negative, others = (torch.tensor([n, 1], dtype=torch.uint8) for n in (127, 255, 126))
+    assert not _check.further_off(reads, [codes], [negative])
+    assert "integers differ" in _check.further_off(reads, [codes], [others])
+    none = dataclasses.replace(reads, inputs=(torch.ones(1),))
+    assert "integers differ" in _check.further_off(none, [codes], [negative])
 
 
 # The check's own power, at edits that it must see whatever is drawn.

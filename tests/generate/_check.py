@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4fuse import Report, pipeline, verify
@@ -113,7 +114,11 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
             exact = true
         for i in list(left):
             x, b = a[i], tensors(found)[i]
-            if (x.dtype, x.shape) != (b.dtype, b.shape) or not x.is_floating_point():
+            if (x.dtype, x.shape) != (b.dtype, b.shape):
+                continue
+            if not x.is_floating_point():
+                if _signs_of_nan(site, x, b):
+                    del left[i]
                 continue
             own[i] = max(own.get(i, 0.0), verify._steps(x, true[i], x.dtype))
             worst = verify._steps(b, exact[i], b.dtype)
@@ -124,6 +129,29 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
         if not left:
             break
     return "; ".join(left.values())
+
+
+class _Bytes(TorchDispatchMode):
+    """Sees whether the bytes of a NaN are read."""
+
+    of_nan = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.view.dtype and args[0].is_floating_point():
+            self.of_nan |= bool(args[0].isnan().any())
+        return func(*args, **(kwargs or {}))
+
+
+def _signs_of_nan(site: Site, a: Tensor, b: Tensor) -> bool:
+    """Bytes that differ in their highest bit alone, of a program that reads those of a NaN: no
+    operation says which sign its NaN has."""
+    if a.dtype != torch.uint8 or not ((a ^ b) & 0x7F == 0).all():
+        return False
+    with _Bytes() as seen:
+        _eager(site, site.inputs)
+    return seen.of_nan
 
 
 NEARBY = 8  # inputs

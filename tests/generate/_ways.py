@@ -53,7 +53,7 @@ def _run(compiled: Any, args: Sequence[Any], owner: Any) -> tuple[Report, Any]:
 
 
 class _Holder:
-    """What a function's report is found by."""
+    """What a report is found by, of a function or of a module whose graph has none of its own."""
 
     def __init__(self, args: Sequence[Any]) -> None:
         self.parameters = lambda: _check.tensors(list(args))
@@ -78,13 +78,13 @@ def fused_function(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
 def module(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
     torch._dynamo.reset()
     made = Program(fn, args)
-    return _run(torch.compile(made, **SETTINGS), args[:1], made)
+    return _run(torch.compile(made, **SETTINGS), args[:1], _Holder(args))
 
 
 def fused_module(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
     torch._dynamo.reset()
     made = Program(fn, args)
-    return _run(dsv4fuse.fuse(made, fullgraph=True, **OPTIONS), args[:1], made)
+    return _run(dsv4fuse.fuse(made, fullgraph=True, **OPTIONS), args[:1], _Holder(args))
 
 
 def fused_class(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
@@ -95,7 +95,7 @@ def fused_class(fn: Any, args: Sequence[Any]) -> tuple[Report, Any]:
         pass
 
     made = Decorated(fn, args)
-    return _run(made, args[:1], made)
+    return _run(made, args[:1], _Holder(args))
 
 
 WAYS = {f.__name__: f for f in (function, fused_function, module, fused_module, fused_class)}
