@@ -112,8 +112,8 @@ def check(
         common.require(t is None or t.dim() == kv.dim() and t.shape[-1] == z.dim,
                        f"{name} is not shaped like kv")  # fmt: skip
     for name, t, count in (("kv", kv, z.count), ("gate", gate, z.count),
-                           ("kv_before", kv_before, z.count - shifted),
-                           ("gate_before", gate_before, z.count - shifted)):  # fmt: skip
+                           ("kv_before", kv_before, z.count - int(shifted)),
+                           ("gate_before", gate_before, z.count - int(shifted))):  # fmt: skip
         fixed = t is not None and t.dim() == 4 and all(
             isinstance(n, int) for n in (*t.shape, z.batch, z.count)
         )
