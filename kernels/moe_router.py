@@ -10,10 +10,11 @@ Shapes   logits ``[T,E]``, bias ``[E]`` or None, table ``[V,K]``, ids ``[T]`` (w
 Dtypes   logits, bias any of bf16, fp16, fp32; ``scores``, ``sums``, ``out`` the dtypes of s, of the
          arithmetic on w, and of the result; table and ids int32 or int64.
 Strides  any; weights and experts are dense.
-Rounding softplus and its root, the sum with the bias, the sum of w, its sum with eps, the quotient
-         and the product each round to their dtype, as eager does. exp, log1p, sqrt and the
-         divisions give ATen's bits on CUDA, subnormal results included: so distinct s + bias
-         choose what ``torch.topk`` chooses (for softmax up to the order of a sum).
+Rounding softplus and its root, the sum with the bias, the sum of w (whose order hangs on the
+         launch), its sum with eps, the quotient and the product each round to their dtype, as eager
+         does. exp, log1p, sqrt and the divisions give ATen's bits on CUDA, subnormal results
+         included: so distinct s + bias choose what ``torch.topk`` chooses (for softmax up to the
+         order of a sum).
          ``precise`` concerns the weights: fp32 from the logits to the one store. The choice is
          the module's in either case.
 Order    ``ordered``: by falling ``s + bias``. Otherwise as torch.topk(sorted=False) leaves it on
