@@ -2,8 +2,10 @@
 
 Scope: ``torch.tensor(-1).to(device)``, ``torch.tensor(x, device=device)``, ``new_tensor``,
 ``full``/``zeros``/``arange`` on the CPU and then ``.to(device)``, through casts and views: the same
-factory on the device. Copies of other constants, and values read back by the host (``.item()``,
-``.cpu()``), are reported: each makes the host wait, and keeps a step out of a CUDA graph.
+factory on the device. (Where torch sees the GPU while it traces, it makes the second and the third
+there itself, once: no site.) Copies of other constants, and values read back by the host
+(``.item()``, ``.cpu()``), are reported: each makes the host wait, and keeps a step out of a CUDA
+graph.
 No kernel. Seed: ATOM PR #704, item 5.
 """
 

@@ -45,6 +45,7 @@ def reports(fn, *inputs, dynamic=False, **more) -> tuple[Report, list[torch.fx.G
 def pretended(monkeypatch):
     """Tracing would compute constants of one element, on a GPU that is not there."""
     monkeypatch.setattr(proxies, "CONSTANT_NUMEL_LIMIT", 0)
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)  # as if there were none
 
 
 def copies(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -138,13 +139,23 @@ def test_a_constant_is_read_back_from_the_graph():
     assert compat.constant(node) == 3.0
 
 
+# Where torch sees a GPU while it traces, it makes these there, once: nothing is left to replace.
+MADE_THERE = {"tensor on the device", "as_tensor", "new_tensor", "equal elements"}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [pytest.param(c, id=k) for k, c in SPELLINGS.items()])
-def test_on_a_gpu(case: Case):
-    """The same numbers, and no copy from the host when the compiled function runs."""
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_on_a_gpu(name, inner):
+    """No copy from the host when the compiled function runs, and the numbers of eager.
+
+    Inductor's are not asked for: it leaves the rounding of a cast out that it fuses with its use.
+    """
+    case, sites = SPELLINGS[name], int(name not in MADE_THERE)
     inputs = [t.cuda() for t in case.inputs()]
-    eager, fused = case.build(), torch.compile(case.build(), backend=backend.dsv4fuse,
-                                               options={"expect": {"host_sync": 1}})
+    options = {"inner": inner, "expect": {"host_sync": sites}}
+    eager = case.build()
+    fused = torch.compile(case.build(), backend=backend.dsv4fuse, options=options)
     with torch.no_grad():
         wanted, found = eager(*inputs), fused(*inputs)
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -152,5 +163,6 @@ def test_on_a_gpu(case: Case):
             torch.cuda.synchronize()
     wanted, found = ([t] if isinstance(t, torch.Tensor) else t for t in (wanted, found))
     for a, b in zip(wanted, found, strict=True):
-        assert (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+        assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+        assert inner == "inductor" or torch.equal(a, b), f"{b} instead of {a}"
     assert not [e.name for e in seen.events() if "HtoD" in e.name]
