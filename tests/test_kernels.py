@@ -19,7 +19,7 @@ from dsv4fuse.kernels import norm_rope_cache as rows
 from dsv4fuse.fusion import register_ops
 
 from ._calls import calls
-from .test_kernel_properties import equal, near
+from ._kernels import all_equal, all_near
 
 OPS = list(calls("cpu"))
 DEVICES = ["cpu", pytest.param("cuda", marks=[
@@ -85,12 +85,12 @@ def test_compiled_once_for_any_token_count(name, monkeypatch):
             want = _called(lambda *args: op(*args, **kwargs), _drawn(name, length))
         for g, w in zip(got, want, strict=True):
             assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
-        equal(got, want)
+        all_equal(got, want)
         own = _called(lambda *args: op(*args, **kwargs), _drawn(name, length))
         if name in BY_LAUNCH:
-            near(got, own, BY_LAUNCH[name])
+            all_near(got, own, BY_LAUNCH[name])
         else:
-            equal(got, own)
+            all_equal(got, own)
     # torch 2.11 guards on "tokens are a multiple of 4 or not" where scale rows are padded to 4.
     assert len(graphs) <= (2 if kwargs.get("col_major") else 1)
 
