@@ -152,12 +152,14 @@ def test_all_is_compiled_before_anything_is_timed(machine, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_compiled_ahead_on_a_gpu(monkeypatch, tmp_path):
+def test_compiled_ahead_on_a_gpu(monkeypatch, tmp_path, caplog):
     """By other processes, into the caches on disk: here nothing is left to compile."""
     from torch._dynamo.utils import counters
 
+    caplog.set_level("INFO", "dsv4fuse.bench.ahead")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     bench.compile_all([("moe_router", "topk", "flash", 64)], 2, lambda *_: None)
+    assert not caplog.records, caplog.text
     counters.clear()
     bench.measure("moe_router", "topk", "flash", 64)
     assert not counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]

@@ -13,7 +13,6 @@ import torch
 from dsv4fuse.bench import fusions as bench
 from dsv4fuse.bench import registers
 from dsv4fuse.bench.registers import Kernel
-from dsv4fuse.fusion import registry
 
 
 def launcher(registers, spills=0, warps=4, **kwargs):
@@ -72,7 +71,7 @@ def test_they_are_kept_and_shown(tmp_path):
 
 @pytest.mark.gpu
 def test_registers_of_a_real_kernel():
-    made = bench.measure(registry()["clamp_swiglu_quant"], "quant", "flash", 64)
+    made = bench.measure("clamp_swiglu_quant", "quant", "flash", 64)
     (kernel,) = made.kernels
     assert kernel.name == "clamp_swiglu_kernel" and 16 <= kernel.registers <= 255
     assert kernel.spills == 0 and kernel.warps in (1, 2, 4, 8, 16) and kernel.constants

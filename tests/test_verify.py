@@ -71,6 +71,8 @@ def test_as_near_to_exact_arithmetic_as_the_module():
     assert "the module's is off by 6" in str(
         verify._differ(steps(6), steps(9), exact, "faithful")
     )
+    assert verify._differ(steps(40), steps(49), exact, "faithful") is None  # alike, not equal
+    assert verify._differ(steps(40), steps(51), exact, "faithful")
 
 
 # A part of all values turned by one step: fp8's steps are an eighth of a value.
