@@ -77,7 +77,12 @@ def trace(
     with outside_compilation(), FakeTensorMode(shape_env=env):
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
         traced = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode="real")
-        return traced(*fakes).graph
+        graph = traced(*fakes).graph
+    # Each module is a class of its own, and every trace sets methods on nn.Module, which costs in
+    # proportion to the classes alive: references are kept for the life of the process.
+    if not any(n.op == "get_attr" for n in graph.nodes):
+        graph.owning_module = None  # type: ignore[assignment]
+    return graph
 
 
 def any_size(hint: int) -> torch.SymInt:

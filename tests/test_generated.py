@@ -115,9 +115,9 @@ def test_the_sign_of_a_nan_is_nobodys():
     bytes are told apart all the same."""
     words = {"seed": "8", "norm": "none_index", "norm eps": "0.25", "bytes": "pow2_reciprocal"}
     site = _programs.families()["norm_rope_cache: packed"](Hand(_first, words))
-    found = list(_mutants.every(site, ("another operation",)))
-    assert any(m.edit.endswith("at add = aten.add.Tensor") for m in found)
-    assert not [(m.edit, m.wrong, m.crash) for m in found if m.wrong or m.crash]
+    every = _mutants.every(site, ("another operation",))
+    found = next(m for m in every if m.edit.endswith("at add = aten.add.Tensor"))
+    assert found.taken and not found.wrong and not found.crash, found
     reads = _check.Site("", {}, lambda x: x.view(torch.uint8), (torch.tensor([torch.nan]),), {})
     codes, negative, others = (torch.tensor([n, 1], dtype=torch.uint8) for n in (127, 255, 126))
     assert not _check.further_off(reads, [codes], [negative])
