@@ -14,12 +14,14 @@ from . import _common as common
 class Launch:
     """``columns`` per pooling program, the rest of the work in a second launch; 0: all in one.
 
-    ``batches``: how many requests a program looks at where only a few entries are wanted.
+    ``step``: rows of each window whose sums run on, ``tiles`` times as many loaded at a time; 0: a
+    program holds all rows at once.
     """
 
     columns: int
     warps: int
-    batches: int = 1
+    step: int = 0
+    tiles: int = 4
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,16 @@ class Plan:
     width: int
     dim: int
     every: bool
-    launches: tuple[tuple[int | None, Launch], ...]  # bound on the count of entries → launch
+    launches: tuple[tuple[int | None, Launch], ...]  # bound on the count of windows → launch
 
 
 # All that is compiled; the first plan that holds the sizes is taken. A narrow window with what
-# follows it fits the registers of one program. A wide one is cut into columns so that a single
-# entry keeps many multiprocessors busy, its rows shared by the warps of a program; with all rows
-# of a column in one program no partial sums have to be merged through memory. Programs that end
-# at once still wait for registers, so where there are many one looks at several requests.
+# follows it fits the registers of one program. Few wide ones are cut into columns, so that an
+# entry keeps many multiprocessors busy, each with all rows of its columns; of many, one program
+# does each, a few rows at a time, and nothing waits for a second launch.
 # Measured on an H200: with "every", 2 warps beat 4 by a factor of 5 at 512 channels.
-WIDE = (
-    (64, Launch(32, 4)), (256, Launch(64, 4)), (512, Launch(64, 4, 2)), (None, Launch(64, 4, 4)),
-)  # fmt: skip
+CUT = ((64, Launch(32, 4)), (None, Launch(64, 4)))
+STEPS = ((16, Launch(32, 4)), (None, Launch(0, 8, 4)))
 PLANS = (
     Plan(8, 128, True, ((None, Launch(0, 1)),)),
     Plan(8, 128, False, ((None, Launch(0, 1)),)),
@@ -49,8 +49,9 @@ PLANS = (
     Plan(8, 512, False, ((None, Launch(0, 4)),)),
     Plan(8, 1024, True, ((None, Launch(0, 4)),)),
     Plan(8, 1024, False, ((None, Launch(0, 8)),)),
-    Plan(128, 1024, True, WIDE),
-    Plan(128, 1024, False, WIDE),
+    Plan(128, 1024, True, CUT),
+    Plan(128, 512, False, STEPS),
+    Plan(128, 1024, False, CUT),
 )
 FINISH_WARPS = 1
 
@@ -126,10 +127,10 @@ def check(
     return z
 
 
-def choose(z: Sizes, entries: int | torch.SymInt) -> Launch:
-    """The launch for that many entries, of the plan for those sizes; raises ValueError."""
+def choose(z: Sizes, wanted: int | torch.SymInt) -> Launch:
+    """The launch for that many windows, of the plan for those sizes; raises ValueError."""
     common.require_static(width=z.width, head_dim=z.dim, rope_dim=z.half)
     common.require(z.width & (z.width - 1) == 0 < z.width, f"{z.width} rows: not a power of two")
-    count = common.size_hint(entries)
+    count = common.size_hint(wanted)
     launches = plan(z.width + z.before, z.dim, z.every).launches
     return next(chosen for bound, chosen in launches if bound is None or count <= bound)

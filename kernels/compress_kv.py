@@ -73,7 +73,10 @@ def launch(
               masked=masked)  # fmt: skip
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
     entries = z.batch * z.count
-    chosen = choose(z, entries)
+    few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
+    groups = z.batch if few else entries
+    chosen = choose(z, groups)
+    step = min(chosen.step, z.width)
     block = triton.next_power_of_2(min(z.dim, chosen.columns or z.dim))
     pooled_dtype = torch.float32 if precise else pool_dtype
     pooled = kv.new_empty((entries, z.dim) if chosen.columns else (0,), dtype=pooled_dtype)
@@ -92,6 +95,8 @@ def launch(
         w_ptr=kv if weight is None else weight, cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled,
         out_ptr=out, length=z.count, entries=entries, D=z.dim, HALF=z.half,
         FLAT=common.flat_mode(z.batch, z.count),
+        LANES=triton.next_power_of_2(z.count) if few else 0,
+        STEP=step, TILES=min(chosen.tiles, z.width // max(step, 1)),
         WIDTH=z.width, BEFORE=z.before, SHIFTED=shifted, GATHER=ends is not None,
         HAS_PAGE=page is not None, RING=ring, MASKED=masked, HAS_BIAS=bias is not None,
         BIAS_NARROW=narrow_bias and not precise,
@@ -102,14 +107,10 @@ def launch(
     )  # fmt: skip
     kernel = wrap_triton(compress_kernel)
     parts, whole = triton.cdiv(z.dim, block), triton.next_power_of_2(z.dim)
-    few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
-    run = z.count * chosen.batches if few else 1
-    groups = triton.cdiv(entries, run) if run > 1 else entries
-    shape = dict(RUN=run, LANES=triton.next_power_of_2(run))
-    kernel[(groups * parts,)](**arguments, **shape, BLOCK=block, PARTS=parts, POOL=True,
+    kernel[(groups * parts,)](**arguments, BLOCK=block, PARTS=parts, POOL=True,
                               FINISH=not chosen.columns, num_warps=chosen.warps)  # fmt: skip
     if chosen.columns:
-        kernel[(groups,)](**arguments, **shape, BLOCK=whole, PARTS=1, POOL=False, FINISH=True,
+        kernel[(groups,)](**arguments, BLOCK=whole, PARTS=1, POOL=False, FINISH=True,
                           num_warps=FINISH_WARPS)  # fmt: skip
     return out
 
