@@ -25,9 +25,9 @@ def one_entry(
     kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
     gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw,
     cos_sb, cos_ss, cos_sd, sin_sb, sin_ss, sin_sd, cache_sp, cache_sn,
-    D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-    POOL: tl.constexpr, FINISH: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr,
-    STEP: tl.constexpr, TILES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, POOL: tl.constexpr,
+    FINISH: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, STEP: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
     RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_NARROW: tl.constexpr,
     POOL_EVERY: tl.constexpr, NARROW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     HAS_W: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, KEEP: tl.constexpr,
@@ -50,7 +50,7 @@ def one_entry(
             kv_ptr, kvb_ptr, gate_ptr, gateb_ptr, bias_ptr, biasb_ptr, b, s, end, source, col,
             kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
             gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw, D, BLOCK, WIDTH, BEFORE, STEP, TILES,
-            SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, XD,
+            STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, XD,
         )  # fmt: skip
     elif POOL:
         y = pool(
@@ -93,16 +93,16 @@ def compress_kernel(
     cos_sb, cos_ss, cos_sd, sin_sb, sin_ss, sin_sd,
     pages, slots, cache_sp, cache_sn, slot_sb, slot_ss, seq_sb, seq_ss, slot_start, seq_start,
     scales_at, scales_step, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    LANES: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr,
-    POOL: tl.constexpr, FINISH: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr,
-    STEP: tl.constexpr, TILES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
+    LANES: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, POOL: tl.constexpr,
+    FINISH: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, STEP: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
     HAS_PAGE: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BIAS_NARROW: tl.constexpr, POOL_EVERY: tl.constexpr, NARROW: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, HAS_W: tl.constexpr, EVERY: tl.constexpr,
-    PRECISE: tl.constexpr, KEEP: tl.constexpr, HAS_CACHE: tl.constexpr, PAGED: tl.constexpr,
-    HAS_SLOT: tl.constexpr, HAS_SEQ: tl.constexpr, FLAT_SLOT: tl.constexpr, WRAP: tl.constexpr,
-    SPARE: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr,
-    POW2: tl.constexpr, VIA_MUL: tl.constexpr,
+    BIAS_NARROW: tl.constexpr, POOL_EVERY: tl.constexpr, NARROW: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, HAS_W: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr,
+    KEEP: tl.constexpr, HAS_CACHE: tl.constexpr, PAGED: tl.constexpr, HAS_SLOT: tl.constexpr,
+    HAS_SEQ: tl.constexpr, FLAT_SLOT: tl.constexpr, WRAP: tl.constexpr, SPARE: tl.constexpr,
+    PACKED: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
+    VIA_MUL: tl.constexpr,
 ):  # fmt: skip
     """PARTS programs, of BLOCK columns each, for every entry, or (LANES > 0) every batch row.
 
@@ -142,9 +142,9 @@ def compress_kernel(
                 sin_ptr, pooled_ptr, out_ptr, cache_ptr, kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss,
                 kvb_sw, gate_sb, gate_ss, gate_sw, gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw,
                 cos_sb, cos_ss, cos_sd, sin_sb, sin_ss, sin_sd, cache_sp, cache_sn, D, BLOCK, HALF,
-                POOL, FINISH, WIDTH, BEFORE, STEP, TILES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS,
-                BIAS_NARROW, POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP, HAS_CACHE,
-                GROUP, FLOOR, POW2, VIA_MUL,
+                POOL, FINISH, WIDTH, BEFORE, STEP, TILES, STAGES, SHIFTED, GATHER, RING, MASKED,
+                HAS_BIAS, BIAS_NARROW, POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP,
+                HAS_CACHE, GROUP, FLOOR, POW2, VIA_MUL,
             )  # fmt: skip
     else:
         wanted = live
@@ -157,7 +157,7 @@ def compress_kernel(
                 cache_ptr, kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
                 gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw, cos_sb, cos_ss, cos_sd, sin_sb,
                 sin_ss, sin_sd, cache_sp, cache_sn, D, BLOCK, HALF, POOL, FINISH, WIDTH, BEFORE,
-                STEP, TILES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, POOL_EVERY,
-                NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP, HAS_CACHE, GROUP, FLOOR, POW2,
-                VIA_MUL,
+                STEP, TILES, STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW,
+                POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP, HAS_CACHE, GROUP, FLOOR,
+                POW2, VIA_MUL,
             )  # fmt: skip

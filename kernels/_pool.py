@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import mul_rn, round_to
+from ._common import INTERPRET, mul_rn, round_to
 
 
 @triton.jit
@@ -101,43 +101,52 @@ def pool(
 
 
 @triton.jit
-def add_rows(
-    top, total, y, kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col,
-    first, reachable, W: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
-    GATHER: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GD: tl.constexpr, D: tl.constexpr,
+def load_rows(
+    kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col, first, start,
+    reachable, W: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, GATHER: tl.constexpr,
+    RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, GD: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """W rows more in the running maximum, sum and weighted sum of each place of ``[STEP, BLOCK]``.
+    """TILES tiles ``[STEP, BLOCK]`` of gates and of kv, from row ``start`` of W on.
 
-    TILES tiles are loaded before the first is looked at. No place waits for another one: rows that
-    other warps hold are merged once, at the end. ``reachable`` False: no row has weight.
+    ``first``: the position of row 0. ``reachable`` False: no row has weight.
     """
+    gates, rows = (), ()
     inside = (col < D)[None, :] & reachable
-    for start in range(0, W, TILES * STEP):
-        gates, rows = (), ()
-        new = top
-        for k in tl.static_range(TILES):
-            n = start + k * STEP + tl.arange(0, STEP)
-            row, there = n, inside
-            if GATHER:
-                row = cache_rows(first, n, W, RING)
-                if MASKED:
-                    there = inside & (first + n >= 0)[:, None]
-            g = load_tile(gate_ptr, gate_at, row, gate_sw, col, there, float("-inf"))
-            rows += (load_tile(kv_ptr, kv_at, row, kv_sw, col, inside, 0.0),)
-            gates += (biased(g, bias_ptr, n, bias_sw, col, there, HAS_BIAS, GD),)
-        for k in tl.static_range(TILES):
-            new = tl.maximum(new, gates[k])
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        old = tl.exp(top - safe)
-        total *= old
-        y *= old
-        for k in tl.static_range(TILES):
-            e = tl.exp(gates[k] - safe)
-            total += e
-            y += rows[k] * e
-        top = new
-    return top, total, y
+    for k in tl.static_range(TILES):
+        n = start + k * STEP + tl.arange(0, STEP)
+        row, there = n, inside
+        if GATHER:
+            row = cache_rows(first, n, W, RING)
+            if MASKED:
+                there = inside & (first + n >= 0)[:, None]
+        g = load_tile(gate_ptr, gate_at, row, gate_sw, col, there, float("-inf"))
+        rows += (load_tile(kv_ptr, kv_at, row, kv_sw, col, inside, 0.0),)
+        gates += (biased(g, bias_ptr, n, bias_sw, col, there, HAS_BIAS, GD),)
+    return gates, rows
+
+
+@triton.jit
+def add_rows(top, total, y, gates, rows, COUNT: tl.constexpr, LOADED: tl.constexpr):
+    """The running maximum, sum and weighted sum of each place of ``[STEP, BLOCK]``, with COUNT
+    tiles more. LOADED: all of these are loaded before the first is looked at.
+
+    No place waits for another one: rows that other warps hold are merged once, at the end.
+    """
+    if LOADED and not INTERPRET:
+        tl.debug_barrier()  # ptxas, to spare registers, moves a load to where it is used
+    new = top
+    for k in tl.static_range(COUNT):
+        new = tl.maximum(new, gates[k])
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    old = tl.exp(top - safe)
+    total *= old
+    y *= old
+    for k in tl.static_range(COUNT):
+        e = tl.exp(gates[k] - safe)
+        total += e
+        y += rows[k] * e
+    return new, total, y
 
 
 @triton.jit
@@ -146,35 +155,42 @@ def pool_by_steps(
     kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
     gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw,
     D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr,
-    STEP: tl.constexpr, TILES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
-    RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_NARROW: tl.constexpr,
-    XD: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, SHIFTED: tl.constexpr,
+    GATHER: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BIAS_NARROW: tl.constexpr, XD: tl.constexpr,
 ):  # fmt: skip
-    """The same where a window does not fit the registers, without a rounding at each step."""
+    """The same with the sums of a few rows at a time, and no rounding at each step."""
     GD: tl.constexpr = gate_ptr.dtype.element_ty if BIAS_NARROW else tl.float32
     top = tl.full((STEP, BLOCK), float("-inf"), tl.float32)
     total = tl.zeros((STEP, BLOCK), tl.float32)
     y = tl.zeros((STEP, BLOCK), tl.float32)
-    if BEFORE > 0:
-        kv_at, gate_at = b * kvb_sb + s * kvb_ss, b * gateb_sb + s * gateb_ss
-        if SHIFTED:
-            kv_at, gate_at = kv_at - kvb_ss, gate_at - gateb_ss
-        if GATHER:
-            kv_at, gate_at = page * kvb_sb, page * gateb_sb
-        reachable = s > 0 if SHIFTED else s >= 0
-        top, total, y = add_rows(
-            top, total, y, kvb_ptr, gateb_ptr, biasb_ptr, kv_at, gate_at, kvb_sw, gateb_sw,
-            biasb_sw, col, end - (WIDTH + BEFORE - 1), reachable, BEFORE, STEP, TILES, GATHER, RING,
-            MASKED, HAS_BIAS, GD, D,
-        )  # fmt: skip
     kv_at, gate_at = b * kv_sb + s * kv_ss, b * gate_sb + s * gate_ss
+    kvb_at, gateb_at = b * kvb_sb + s * kvb_ss, b * gateb_sb + s * gateb_ss
+    reachable = s >= 0
+    if SHIFTED:
+        kvb_at, gateb_at, reachable = kvb_at - kvb_ss, gateb_at - gateb_ss, s > 0
     if GATHER:
-        kv_at, gate_at = page * kv_sb, page * gate_sb
-    top, total, y = add_rows(
-        top, total, y, kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col,
-        end - (WIDTH - 1), s >= 0, WIDTH, STEP, TILES, GATHER, RING, False, HAS_BIAS, GD, D,
-    )  # fmt: skip
+        kv_at, gate_at, kvb_at, gateb_at = (
+            page * kv_sb, page * gate_sb, page * kvb_sb, page * gateb_sb
+        )  # fmt: skip
+    first = end - (WIDTH - 1)
+    for start in tl.range(0, WIDTH, TILES * STEP, num_stages=STAGES):
+        gates, rows = load_rows(
+            kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col, first, start,
+            s >= 0, WIDTH, STEP, TILES, GATHER, RING, False, HAS_BIAS, GD, D,
+        )  # fmt: skip
+        if BEFORE > 0:
+            old = load_rows(
+                kvb_ptr, gateb_ptr, biasb_ptr, kvb_at, gateb_at, kvb_sw, gateb_sw, biasb_sw, col,
+                first - BEFORE, start, reachable, BEFORE, STEP, TILES, GATHER, RING, MASKED,
+                HAS_BIAS, GD, D,
+            )  # fmt: skip
+            gates, rows = gates + old[0], rows + old[1]
+        top, total, y = add_rows(
+            top, total, y, gates, rows, TILES * (2 if BEFORE > 0 else 1), STAGES == 1
+        )
     most = tl.max(top, axis=0)
     share = tl.exp(top - tl.where(most == float("-inf"), 0.0, most)[None, :])
     total = tl.sum(total * share, axis=0)
-    return round_to(tl.sum(y * share, axis=0) * tl.div_rn(1.0, total), XD)
+    y = tl.sum(y * share, axis=0) * tl.div_rn(1.0, total)
+    return round_to(tl.where(col < D, y, 0.0), XD)

@@ -14,14 +14,15 @@ from . import _common as common
 class Launch:
     """``columns`` per pooling program, the rest of the work in a second launch; 0: all in one.
 
-    ``step``: rows of each window whose sums run on, ``tiles`` times as many loaded at a time; 0: a
-    program holds all rows at once.
+    ``step``: rows of each window whose sums run on, ``tiles`` times as many loaded at a time, and
+    while ``stages`` - 1 times as many are on their way; 0: a program holds all rows at once.
     """
 
     columns: int
     warps: int
     step: int = 0
     tiles: int = 4
+    stages: int = 1
 
 
 @dataclass(frozen=True)

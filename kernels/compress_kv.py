@@ -97,6 +97,7 @@ def launch(
         FLAT=common.flat_mode(z.batch, z.count),
         LANES=triton.next_power_of_2(z.count) if few else 0,
         STEP=step, TILES=min(chosen.tiles, z.width // max(step, 1)),
+        STAGES=chosen.stages,
         WIDTH=z.width, BEFORE=z.before, SHIFTED=shifted, GATHER=ends is not None,
         HAS_PAGE=page is not None, RING=ring, MASKED=masked, HAS_BIAS=bias is not None,
         BIAS_NARROW=narrow_bias and not precise,

@@ -297,6 +297,46 @@ def test_the_plans_are_what_is_launched():
         compress.compress_kv(*replace(given, kv=given.kv[:, :1]).all(), **BASE, shifted=True)
 
 
+LAUNCHES = sorted(
+    {launch for plan in windows.PLANS for _, launch in plan.launches if not plan.every}
+    | {windows.Launch(0, 4, 2, 2, 3), windows.Launch(32, 4, 4)},
+    key=repr,
+)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("form", ["rows", "ring"])
+def test_every_launch(monkeypatch, form, launch):
+    """Cut or whole, all rows at once or by steps: windows with rows before them, some absent, a
+    bias, rows of no weight at the start of one and in the whole of another."""
+    monkeypatch.setattr(compress, "choose", lambda z, wanted: launch)
+    width, dim = 8, 48
+    if form == "rows":
+        given, how = strided(1, 3, (width, width, dim), bias=FP32), dict(BASE, shifted=True)
+        given.gate[0, 0, :5] = float("-inf")
+        given.gate[0, 2, :, 3] = given.gate_before[0, 1, :, 3] = float("-inf")
+        got, want = compress.compress_kv(*given.all(), **how), exact(given, **how)
+        assert got[0, 2].isnan().all() and want[0, 2].isnan().all()
+        assert worst(got[:, :2], want[:, :2]) <= 2
+        return
+    ends = torch.tensor([[-1, width - 1, -1], [-1, -1, -1], [3 * width - 1, -1, -1]], device=DEVICE)
+    given = gathered(3, 3, (width, width, dim), ends, 2 * width + 2)
+    how = dict(BASE, width=width, ring=2 * width + 2, masked=True)
+    cache, slot = poisoned(3, 5, dim), torch.where(ends >= 0, ends // width, 4)
+    compress.compress_kv_cache(
+        *given.all(), cache, slot, given.page, **how, keep=False, spare=True
+    )
+    want = exact(given, **how)
+    hit = {(2, 0): want[0, 1], (0, 2): want[2, 0]}  # gathered() gives request b page 2 - b
+    for page in range(3):
+        for row in range(5):
+            found = cache[page, row]
+            if (page, row) in hit:
+                assert worst(found, hit[page, row]) <= 2
+            else:
+                assert (found == 777.0).all()
+
+
 def calls(small):
     windows, ring, cache = small(2, small.length, 4, 128), small(2, 9, 128), small(2, 3000, 128)
     how = dict(pool_rounding="once", pool_dtype=torch.bfloat16, eps=1e-6, norm="once",
