@@ -15,6 +15,7 @@ from ._launch import wrap_triton
 from ._projection import TILES, allocate, check, columns_of, output, product, weights
 
 BF16_ROWS = "the products of single groups come as dense rows of bf16"
+LANES = 512  # of a group by itself, or a multiple: cuBLAS reads the scales of four blocks at once
 
 
 def _check(o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor) -> None:
@@ -29,7 +30,8 @@ def _check(o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor) -> N
 def grouped_scaled_mm(codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """``launch`` by torch's block-scaled product, one for each group: bf16 ``[T,G,N]``.
 
-    For blocks of 128 × 128 and a multiple of 4 tokens, as cuBLAS wants its scales.
+    For blocks of 128 × 128, a multiple of 4 tokens and of ``LANES``, as cuBLAS wants its scales;
+    on Hopper only.
     """
     out = codes.new_empty((codes.shape[0], *w.shape[:2]), dtype=torch.bfloat16)
     for g in range(w.shape[0]):
@@ -95,6 +97,7 @@ def inv_rope_grouped_fp8(
     )  # fmt: skip
     if strategy == "groups":
         common.require(token_major and output(o, out_dtype) == torch.bfloat16, BF16_ROWS)
+        common.require(w.shape[2] % LANES == 0, f"a group's lanes are no multiple of {LANES}")
         return grouped_scaled_mm(codes, scales, w, w_scale)
     out = allocate(o, w, out_dtype, token_major)
     launch(codes, scales, w, w_scale, out)

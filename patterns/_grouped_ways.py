@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from dsv4fuse.kernels._grouped_fp8 import LANES
 from dsv4fuse.kernels._strategies import choose
 from dsv4fuse.patterns._grouped import Rows, Weight
 from torch import fx
@@ -70,6 +71,14 @@ def _by_groups(site: Site) -> bool:
     rows, scales = site.rows, site.weight.scales
     blocks = scales is not None and maps.sizes_of(scales.node.meta["val"])
     known = statically_known_true(batch * length % 4 == 0) and rows.token_major(batch, length)
-    bf16 = site.output.meta["val"].dtype == torch.bfloat16
+    val = site.output.meta["val"]
     square = blocks and math.prod(blocks) * 128 * 128 == rows.groups * rows.columns * rows.size
-    return bool(known and bf16 and square and site.quant.arguments["group"] == 128)  # type: ignore
+    fits = square and rows.size % LANES == 0 and site.quant.arguments["group"] == 128  # type: ignore
+    return bool(known and val.dtype == torch.bfloat16 and fits and _hopper(val.device))
+
+
+def _hopper(device: torch.device) -> bool:
+    """The only GPUs on which cuBLAS scales by such blocks; without one nothing is run there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device)[0] == 9

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import _strategies as strategies
 from torch import Tensor
 
-from dsv4fuse import Report
+from dsv4fuse import Report, explain
 from dsv4fuse.backend import dsv4fuse as backend
+from dsv4fuse.fusion import Sizes, registry
 
 from .spellings import inv_rope_grouped_bmm as cases
 from .spellings.inv_rope_grouped_bmm import EINSUM, back
@@ -65,3 +67,18 @@ def test_e4m3_weights_are_left_to_the_graph_where_that_is_faster():
         back(x, c, s), cases._blocks(w, ws).to(x.dtype)
     )
     assert _site(fn, cases.usual(e4m3=True)()) == "copy"
+
+
+@pytest.mark.parametrize("heads, tokens, chosen", [(4, 4, "groups"), (6, 4, "batched"),
+                                                   (4, 6, "batched")])  # fmt: skip
+def test_torchs_own_product_where_cublas_takes_the_scales(heads, tokens, chosen, monkeypatch):
+    """Four blocks of lanes at once, and four tokens; a group has the lanes of half the heads."""
+    us = {"groups": 1.0, "batched": 2.0}
+    rows = [{"kind": "fp8", "groups": 2, "tokens": 4, "us": us}]
+    monkeypatch.setattr(strategies, "measured", lambda _: {"rows": rows})
+    monkeypatch.setattr(common, "INTERPRETED", False)  # a CPU has no such product
+    sizes = Sizes(heads=heads, groups=2, head_dim=256)
+    made = registry()["inv_rope_grouped_bmm"].examples["fp8"](tokens, sizes, "cpu")
+    report = explain(made.fn, *made.inputs, options={"select": "always"})
+    (site,) = report.with_status("taken")
+    assert site.detail["strategy"] == chosen

@@ -86,14 +86,14 @@ def test_what_the_sanitizer_is_given():
 
 @pytest.mark.gpu
 def test_the_op_that_is_torchs_own_product():
-    codes, w = (torch.randn(8, 2, 256, device="cuda").to(common.FP8) for _ in "cw")
-    w = w.repeat(16, 1, 1).transpose(0, 1).contiguous()  # [2, 128, 256]
-    scales, w_scale = torch.rand(2, 2, 8, device="cuda"), torch.rand(2, 1, 2, device="cuda")
+    codes, w = (torch.randn(8, 2, 512, device="cuda").to(common.FP8) for _ in "cw")
+    w = w.repeat(16, 1, 1).transpose(0, 1).contiguous()  # [2, 128, 512]
+    scales, w_scale = torch.rand(2, 4, 8, device="cuda"), torch.rand(2, 1, 4, device="cuda")
     op = torch.ops.dsv4fuse.grouped_scaled_mm
     tests = ["test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(op.default, (codes, scales, w, w_scale), test_utils=tests)
-    wide = codes.double().unflatten(-1, (2, 128)) * scales.permute(2, 0, 1).unsqueeze(-1)
-    heavy = w.double().unflatten(-1, (2, 128)) * w_scale.unsqueeze(-1)
+    wide = codes.double().unflatten(-1, (4, 128)) * scales.permute(2, 0, 1).unsqueeze(-1)
+    heavy = w.double().unflatten(-1, (4, 128)) * w_scale.unsqueeze(-1)
     exact = torch.einsum("tgk,gnk->tgn", wide.flatten(-2), heavy.flatten(-2))
     off = (op(codes, scales, w, w_scale).double() - exact).abs()
     assert (off <= 2**-8 * exact.abs().amax(-1, keepdim=True)).all()
