@@ -66,8 +66,11 @@ def test_codes_and_scales(tokens, width, group, col_major, scale):
 
 
 def test_codes_by_the_reciprocal():
-    """Enough values that some of them round the other way than a quotient's."""
-    x = rand(64, 1024, scale=3.0)
+    """Enough values that some of them round the other way than a quotient's: about 1 in 10^5.
+
+    Of bf16 only the smallest codes may where the scale is a product with 1 / 448, as on a GPU.
+    """
+    x = rand(1024 if GPU else 128, 1024, dtype=FP16, scale=3.0)
     got, kw = call(x, None, by="mul", group=128, scale="fp32")
     quantised_exactly(got, kw)
     other, _ = atoms.group_quant(got[2], group=128, floor=1e-10, scale="fp32")
