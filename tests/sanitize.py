@@ -2,8 +2,7 @@
 
 ``make sanitize`` runs this under compute-sanitizer: reads and writes out of bounds, shared memory
 that races, values used before they were written. It asserts nothing itself. ``python -m
-tests.sanitize ops`` leaves the sequences out: to compile one, torch copies outputs that nothing has
-written yet, which is for initcheck a use of them.
+tests.sanitize ops`` leaves the sequences out, in which torch's own kernels run as well.
 """
 
 from __future__ import annotations

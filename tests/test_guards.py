@@ -13,7 +13,6 @@ import pytest
 from ._guards import GUARDS, Guard
 
 PARTS = ("dsv4fuse", "kernels", "patterns", "tests", "examples", "pyproject.toml")
-FAILED = 1  # pytest's exit status where tests failed, not where none was found or read
 
 
 def _copy(checkout: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -57,4 +56,5 @@ def test_without_it_a_test_fails(guard: Guard, checkout: pathlib.Path, tmp_path:
     source = tree / guard.file
     source.write_text(source.read_text().replace(guard.old, guard.new))
     done = _pytest(tree, [guard.test])
-    assert done.returncode == FAILED, done.stdout[-3000:] + done.stderr[-1000:]
+    # The exit status would not do: without some guards a kernel writes out of bounds.
+    assert f"FAILED tests/{guard.test}" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
