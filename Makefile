@@ -78,7 +78,7 @@ sanitize: $(STAMP)
 	@for tool in $(SANITIZER_TOOLS); do \
 		echo "$$tool" && PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
 			--error-exitcode 9 $(BIN)/python -m tests.sanitize \
-			$$(case $$tool in racecheck | initcheck) echo ops;; esac) || exit 1; \
+			$$(case $$tool in (racecheck|initcheck) echo ops;; esac) || exit 1; \
 	done
 
 lint: $(STAMP)
