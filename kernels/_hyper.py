@@ -70,14 +70,6 @@ NORM_WARPS = 8  # one number for any batch: the order of the norm's sum hangs on
 
 
 @dataclass(frozen=True)
-class Sums:
-    """The product ``[parts, T, n]`` in pieces of K, or (``whole``) in groups of them."""
-
-    partial: Tensor
-    whole: bool
-
-
-@dataclass(frozen=True)
 class Norm:
     """The RMSNorm of the collapsed streams: ``atoms.rms_norm``'s arguments."""
 
@@ -89,27 +81,24 @@ class Norm:
 def launch(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float,
     iters: int, norm: Norm | None, y: Tensor | None, normed_y: Tensor | None,
-    post: Tensor | None, comb: Tensor | None, precise: bool, sums: Sums | None = None,
+    post: Tensor | None, comb: Tensor | None, precise: bool,
 ) -> None:  # fmt: skip
-    """Fill y ``[T,D]`` (or None), its norm, post ``[T,4]`` and comb ``[T,4,4]`` (None: a head).
-
-    ``sums``: the product, where another launch has made it.
-    """
+    """Fill y ``[T,D]`` (or None), its norm, post ``[T,4]`` and comb ``[T,4,4]`` (None: a head)."""
     tokens, streams, d = x.shape
     common.require_static(streams=streams, hidden=d)
     outputs = fn.shape[0]
     n = triton.next_power_of_2(outputs + 1)
     config, c = _config(x), cut(d)
-    made = sums or Sums(_partial(x, fn, config, n), config.whole)
+    partial = _partial(x, fn, config, n)
     block = triton.next_power_of_2(d)
     block = block if norm is not None else max(64, min(config.columns, block))
     weights = 0 if post is None else common.cdiv(tokens, config.rows)
     some = x if y is None else y
     wrap_triton(finish_kernel)[(weights + tokens * math.ceil(d / block),)](
-        x, made.partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
+        x, partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
         some, some if normed_y is None else normed_y, some if post is None else post,
         some if comb is None else comb, tokens, weights, x.stride(0), x.stride(1),
-        D=d, BLOCK=block, OUT=outputs, N=n, GROUPS=c.groups, CHUNKS=1 if made.whole else c.chunks,
+        D=d, BLOCK=block, OUT=outputs, N=n, GROUPS=c.groups, CHUNKS=1 if config.whole else c.chunks,
         ROWS=config.rows,
         ITERS=iters, NORM_EPS=norm_eps, EPS=eps,
         NORM=common.NORMS[norm.rounding] if norm else 0, Y_EPS=norm.eps if norm else 0.0,

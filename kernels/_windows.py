@@ -37,21 +37,21 @@ class Plan:
 
 
 # All that is compiled; the first plan that holds the sizes is taken. A narrow window with what
-# follows it fits the registers of one program. Few wide ones are cut into columns, so that an
-# entry keeps many multiprocessors busy, each with all rows of its columns; of many, one program
-# does each, a few rows at a time, and nothing waits for a second launch.
-# Measured on an H200: with "every", 2 warps beat 4 by a factor of 5 at 512 channels.
+# follows it fits the registers of one program. Wide ones are cut into columns, so that an entry
+# keeps many multiprocessors busy, each with all rows of its columns; where so few requests are
+# decoded that most steps close none, one program does each, a few rows at a time, and nothing waits
+# for a second launch. Measured on an H200; with "every", 2 warps beat 4 by a factor of 5.
+FEW = 8  # requests
 CUT = ((64, Launch(32, 4)), (None, Launch(64, 4)))
-STEPS = ((16, Launch(32, 4)), (None, Launch(0, 8, 4)))
 PLANS = (
     Plan(8, 128, True, ((None, Launch(0, 1)),)),
-    Plan(8, 128, False, ((None, Launch(0, 1)),)),
+    Plan(8, 128, False, ((None, Launch(0, 2, 1)),)),
     Plan(8, 512, True, ((None, Launch(0, 2)),)),
-    Plan(8, 512, False, ((None, Launch(0, 4)),)),
+    Plan(8, 512, False, ((64, Launch(0, 4, 1)), (None, Launch(0, 2)))),
     Plan(8, 1024, True, ((None, Launch(0, 4)),)),
     Plan(8, 1024, False, ((None, Launch(0, 8)),)),
     Plan(128, 1024, True, CUT),
-    Plan(128, 512, False, STEPS),
+    Plan(128, 512, False, ((FEW, Launch(0, 8, 4, 2)), (None, Launch(32, 4)))),
     Plan(128, 1024, False, CUT),
 )
 FINISH_WARPS = 1
@@ -128,10 +128,14 @@ def check(
     return z
 
 
-def choose(z: Sizes, wanted: int | torch.SymInt) -> Launch:
-    """The launch for that many windows, of the plan for those sizes; raises ValueError."""
+def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:
+    """The launch for that many windows, of the plan for those sizes; raises ValueError.
+
+    ``decoding``: of several tokens for each window at most one is wanted, often none.
+    """
     common.require_static(width=z.width, head_dim=z.dim, rope_dim=z.half)
     common.require(z.width & (z.width - 1) == 0 < z.width, f"{z.width} rows: not a power of two")
-    count = common.size_hint(wanted)
+    count = common.size_hint(windows)
+    count = count if decoding else max(count, FEW + 1)
     launches = plan(z.width + z.before, z.dim, z.every).launches
     return next(chosen for bound, chosen in launches if bound is None or count <= bound)

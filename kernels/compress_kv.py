@@ -75,7 +75,7 @@ def launch(
     entries = z.batch * z.count
     few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
     groups = z.batch if few else entries
-    chosen = choose(z, groups)
+    chosen = choose(z, groups, few)
     step = min(chosen.step, z.width)
     block = triton.next_power_of_2(min(z.dim, chosen.columns or z.dim))
     pooled_dtype = torch.float32 if precise else pool_dtype

@@ -44,12 +44,7 @@ def new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk,
     if EVERY:
         p, c0, c1 = round_few(p, XD), round_few(c0, XD), round_few(c1, XD)
         c2, c3 = round_few(c2, XD), round_few(c3, XD)
-    return joined(p, out, c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3, EVERY, EXACT, XD)
-
-
-@triton.jit
-def joined(p, out, mixed, EVERY: tl.constexpr, EXACT: tl.constexpr, XD: tl.constexpr):
-    """``p · out + mixed``, p a scalar or ``[T, 1]``."""
+    mixed = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
     if EVERY:
         return round_to(p * out, XD) + round_to(mixed, XD)
     elif EXACT:
@@ -117,6 +112,12 @@ def hyper_connection_post(
     check(out, x, post, comb, rounding)
     if common.use_reference(x):
         return reference(out, x, post, comb, rounding=rounding, precise=precise)
+    return launch(out, x, post, comb, rounding=rounding, precise=precise)
+
+
+def launch(
+    out: Tensor, x: Tensor, post: Tensor, comb: Tensor, *, rounding: str, precise: bool
+) -> Tensor:
     tokens, n, d = x.shape
     common.require_static(streams=n, hidden=d)
     new = out.new_empty((tokens, n, d))

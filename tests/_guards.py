@@ -31,7 +31,7 @@ _RULES, _SLOTS = "dsv4fuse/rules.py", "dsv4fuse/slots.py"
 GUARDS = [
     # ---- the check on random inputs
     Guard("check: value", _VERIFY,
-          "if worst <= max(own + STEPS[numerics], ALIKE * own):", "if True:",
+          "if worst <= max(own + allowed, ALIKE * own):", "if True:",
           "test_verify.py::test_seen[a value]"),
     Guard("check: how many differ", _VERIFY, "if part > DIFFERENT else None", "if False else None",
           "test_verify.py::test_many_small_differences[all-dtype0]"),

@@ -20,17 +20,18 @@ from ._kernels import DEVICE, GPU, MARKS, all_equal, all_near, drawn
 pytestmark = MARKS
 # No sum is made in another order than the reference's: every byte is the same.
 BYTES = {"clamp_swiglu", "clamp_swiglu_quant", "indexer_q_quant", "inv_rope", "inv_rope_quant"}
-# Beside two rounding steps of the first result, of a row's largest value: sums in fp32, sums of
-# scores that have signs, mixes after 20 rounds of normalising, a code of e4m3.
+# Beside two rounding steps of the first result, of a row's largest value: sums in fp32, mixes after
+# 20 rounds of normalising, a code of e4m3.
 SLACK = {"hyper_connection_pre": 3e-5, "hyper_connection_pre_norm": 3e-5, "hyper_head": 3e-5,
-         "hyper_connection_post_pre_norm": 3e-5, "indexer_logits": 3e-4, "indexer_q": 1 / 8,
+         "hyper_connection_post_pre_norm": 3e-5, "indexer_q": 1 / 8,
          "inv_rope_grouped_bmm": 1e-5, "inv_rope_grouped_bmm_": 1e-5,
          "grouped_bmm": 1e-5}  # fmt: skip
 # Sharper than this a softmax hangs on which of two scores, rounded or not, is the larger.
 SHARPEST = {"sink_attention": -2, "sparse_sink_attention": -2}
-# Of equal scores each choice is right: test_kernel_router.py tells them apart.
-CHOOSING = {"moe_router", "moe_router_hash"}
-OPS = sorted(calls("cpu").keys() - CHOOSING)
+# Of equal scores each choice is right, and a row of one score may be a sum that cancels: how far
+# off they may be hangs on their terms, and test_kernel_router.py and _indexer_logits.py ask that.
+BY_TERMS = {"moe_router", "moe_router_hash", "indexer_logits"}
+OPS = sorted(calls("cpu").keys() - BY_TERMS)
 
 
 def _called(name: str, args: list[object], kwargs: dict[str, object]) -> list[Tensor]:

@@ -309,7 +309,7 @@ LAUNCHES = sorted(
 def test_every_launch(monkeypatch, form, launch):
     """Cut or whole, all rows at once or by steps: windows with rows before them, some absent, a
     bias, rows of no weight at the start of one and in the whole of another."""
-    monkeypatch.setattr(compress, "choose", lambda z, wanted: launch)
+    monkeypatch.setattr(compress, "choose", lambda *_: launch)
     width, dim = 8, 48
     if form == "rows":
         given, how = strided(1, 3, (width, width, dim), bias=FP32), dict(BASE, shifted=True)

@@ -46,10 +46,7 @@ def joined(args, rounding, **more):
 
 @pytest.mark.parametrize("tokens, width", SHAPES)
 @pytest.mark.parametrize("rounding", ["once", "every"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_bits_of_the_two_ops(monkeypatch, tokens, width, rounding, whole):
-    """However the columns are cut, for a program of few tokens or of many."""
-    monkeypatch.setattr(between, "WHOLE", 0 if whole else 1 << 30)
+def test_the_bits_of_the_two_ops(tokens, width, rounding):
     args = inputs(tokens, width)
     for a, b in zip(joined(args, rounding), apart(args, rounding), strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
@@ -74,10 +71,9 @@ def test_against_fp64():
         near(found, true, 4e-6)
 
 
-def test_a_row_has_the_same_bits_in_any_batch(monkeypatch):
+def test_a_row_has_the_same_bits_in_any_batch():
     args = inputs(3, 256)
     together = joined(args, "every")
-    monkeypatch.setattr(between, "WHOLE", 0)
     rows = [t[1:2] for t in args[:4]]
     for a, b in zip(joined((*rows, *args[4:]), "every"), together, strict=True):
         assert torch.equal(a, b[1:2])

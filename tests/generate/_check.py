@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dsv4fuse import Report, pipeline, verify
 from dsv4fuse.backend import parse
 
-from .._same import STEPS, copied, difference
+from .._same import copied, difference
 from . import _graphs
 from ._hand import Site
 
@@ -94,7 +94,7 @@ def check(site: Site, way: Any = fused) -> Outcome:
 
 
 def further_off(site: Site, wanted: Any, found: Any) -> str:
-    """What of ``found`` is further from exact arithmetic than eager's, by more than two roundings.
+    """What of ``found`` is further from exact arithmetic than eager's, by more than roundings are.
 
     Sums in another order are no further off than eager's, but not equal to them. A single result
     of eager's may be near by chance: where it is not, eager's at inputs nearby are looked at too.
@@ -122,7 +122,7 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
                 continue
             own[i] = max(own.get(i, 0.0), verify._steps(x, true[i], x.dtype))
             worst = verify._steps(b, exact[i], b.dtype)
-            if worst <= own[i] + STEPS:
+            if worst <= own[i] + verify.steps_allowed(x.dtype):
                 del left[i]
             else:
                 left[i] = f"{i}: {said[i]}, from the truth {worst:.3g} and eager {own[i]:.3g}"
