@@ -133,8 +133,8 @@ def times_table(root: pathlib.Path) -> str:
     for name in registry():
         for v in variants(name):
             known = {t: (inductor, ours) for t, inductor, ours in v.times}
-            pairs = (known[t] for t in counts)
-            cells = (f"{i:.2f} → {o:.2f} ({o / i:.2f})" for i, o in pairs)
+            pairs = (known.get(t) for t in counts)
+            cells = (f"{p[0]:.2f} → {p[1]:.2f} ({p[1] / p[0]:.2f})" if p else "" for p in pairs)
             rows.append((f"`{name}`", v.name, *cells))
     return _table(("fusion", "variant", *(f"{t}" for t in counts)), rows)
 
