@@ -1,6 +1,7 @@
 """Where a kernel writes a row of each token: a cache write seen from the value's producer.
 
-Kernels address a cache ``[N, D]`` by ``slot`` and ``[P, N, D]`` by ``seq`` and ``slot``, each an
+Kernels address a cache ``[N, D]`` by ``slot`` and ``[P, N, D]`` (which may have an axis for its one
+head behind P) by ``seq`` and ``slot``, each an
 index tensor ``[batch, sequence]`` or a start from which it counts along the sequence (slot) or the
 batch (seq).
 """
@@ -18,7 +19,7 @@ from dsv4fuse.layout import Order, arrange
 from dsv4fuse.maps import ZERO, Index, Size
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Scene
-from dsv4fuse.writes import Place, Write
+from dsv4fuse.writes import Place, Write, rows_of
 
 NAMES = ("slot", "seq")  # of a cache's leading axes, from the last to the first
 
@@ -35,7 +36,7 @@ class Slots:
     @property
     def flat(self) -> bool:
         """Do the slots count through the cache's pages?"""
-        return len(self.places) < self.write.cache.meta["val"].dim() - 1
+        return len(self.places) < len(rows_of(self.write.cache)) - 1
 
     def nodes(self) -> dict[str, fx.Node]:
         """The graph's nodes that say where: index tensors, symbolic starts."""
@@ -51,7 +52,7 @@ class Slots:
         """For each index tensor: how many places it may name, and its axis along which they
         differ (None: all of its elements do)."""
         out = {}
-        shape = self.write.cache.meta["val"].shape
+        shape = rows_of(self.write.cache)
         if self.flat:
             shape = (shape[0] * shape[1], shape[2])
         for depth, place in enumerate(reversed(self.places)):
@@ -153,8 +154,9 @@ def _span(
 def _named(place: Place, axes: Mapping[int, int], extents: tuple[Size, ...]) -> Place | None:
     """A place with the written value's axes named by the root's; None where the root lacks one.
     Along an axis of one it is one row, whether the root has that axis or not."""
-    if place.along is not None and extents[place.along] == 1:
-        place = replace(place, along=None)
+    one = {k for k, n in enumerate(extents) if n == 1}
+    place = replace(place, along=None) if place.along in one else place
+    place = replace(place, axes=tuple(None if a in one else a for a in place.axes))
     if not {place.along, *place.axes} <= {None, *axes}:
         return None  # the write repeats a row of the root
     rows = tuple(None if a is None else axes[a] for a in place.axes)

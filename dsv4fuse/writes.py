@@ -90,7 +90,15 @@ def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
     places, value = read
     if len(shape_of(value)) < 1 or shape_of(value)[-1] != shape_of(cache)[-1]:
         return None
+    if len(places) == 3 and shape_of(cache)[1] == 1 and places[1].index is None:
+        places = (places[0], places[2])  # the one head of [P, 1, N, D]
     return Write(node, cache, places, value, home)
+
+
+def rows_of(cache: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """``[N, D]`` or ``[P, N, D]``: the shape of a cache, without an axis for its one head."""
+    shape = shape_of(cache)
+    return (shape[0], *shape[2:]) if len(shape) == 4 and shape[1] == 1 else tuple(shape)
 
 
 def _flat(node: fx.Node, cache: fx.Node) -> fx.Node | None:

@@ -102,10 +102,11 @@ def cache_arguments(
     seq_start: int, flat_slot: bool, wrap: bool, kv_dtype: torch.dtype, packed: Packed | None,
     filler: Tensor,
 ) -> dict[str, object]:  # fmt: skip
-    paged = cache is not None and (cache.dim() == 3 or packed is not None)
+    paged = cache is not None and (cache.dim() > 2 or packed is not None)
     if cache is not None and packed is None:
         common.require(cache.dtype == kv_dtype, f"the cache is {cache.dtype}, kv is {kv_dtype}")
-        common.require(cache.dim() in (2, 3), "the cache must be [N, D] or [P, N, D]")
+        fits = cache.dim() in (2, 3) or cache.dim() == 4 and cache.shape[1] == 1
+        common.require(fits, "the cache must be [N, D], [P, N, D] or [P, 1, N, D]")
         common.require(cache.stride(-1) == 1, "the last axis of the cache must be dense")
         common.require(paged or not flat_slot, "slots count through pages of a [P, N, D] cache")
     rows = 1 if cache is None else packed.page if packed else cache.shape[-2]

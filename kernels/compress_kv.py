@@ -189,7 +189,7 @@ def reference(
         if flat_slot:
             counted = slot_start + torch.arange(z.count, device=kv.device)[None, :]
             slot = counted if slot is None else slot
-            seq, slot = rows.page_and_row(slot, cache.shape[0], cache.shape[1], wrap)
+            seq, slot = rows.page_and_row(slot, cache.shape[0], cache.shape[-2], wrap)
         rows.write_rows(cache, y, slot, seq, slot_start, seq_start, wrap and not flat_slot)
         if spare:
             cache[..., -1:, :] = last

@@ -6,9 +6,9 @@ interleaved pairs, as ``dsv4fuse.atoms`` defines both. For kv then optionally
 ``y[:D-R] = fake_quant(y[:D-R])`` and ``cache[seq, slot] = y``, or y as bytes into the cache.
 
 Shapes   q ``[B,S,H,D]``, kv ``[B,S,D]`` (one may be None), cos and sin ``[B,S,R/2]``; D a
-         multiple of 16 up to 1024; cache ``[N,D]`` or ``[P,N,D]``; slot, seq ``[B,S]``. One
-         axis more in front of q or kv: partial results of a split product, up to 16, summed
-         in fp32 as they are loaded and rounded to ``sum_dtype`` (None: their own dtype).
+         multiple of 16 up to 1024; cache ``[N,D]``, ``[P,N,D]`` or ``[P,1,N,D]``; slot, seq
+         ``[B,S]``. One axis more in front of q or kv: partial results of a split product, up to
+         16, summed in fp32 as they are loaded and rounded to ``sum_dtype`` (None: their own dtype).
 Dtypes   q, kv bf16, fp16 or fp32; cos and sin fp32 or a 16-bit float; weights any of these;
          the cache has kv_out's dtype; slot and seq int32 or int64.
 Strides  any, 0 included; q, kv and cache have last stride 1, cos and sin need not (the real
@@ -88,7 +88,7 @@ def reference(
         if flat_slot:
             if slot is None:
                 slot = slot_start + torch.arange(kv.shape[-2], device=kv.device)[None, :]
-            seq, slot = page_and_row(slot, cache.shape[0], cache.shape[1], wrap)
+            seq, slot = page_and_row(slot, cache.shape[0], cache.shape[-2], wrap)
         write_rows(cache, outs[1], slot, seq, slot_start, seq_start, wrap and not flat_slot)
     return outs[0], outs[1] if keep_kv else outs[1].new_empty((0,))
 
@@ -112,7 +112,7 @@ def write_rows(
     arange = lambda n: torch.arange(n, device=rows.device)  # noqa: E731
     slot = slot_start + arange(length)[None, :] if slot is None else slot.long()
     seq = seq_start + arange(batch)[:, None] if seq is None else seq.long()
-    pages, slots = cache.shape[0] if cache.dim() == 3 else 1, cache.shape[-2]
+    pages, slots = cache.shape[0] if cache.dim() > 2 else 1, cache.shape[-2]
     if cache.dim() == 2:
         seq = torch.zeros_like(slot)
     if wrap:

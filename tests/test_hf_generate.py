@@ -118,6 +118,8 @@ def test_generate_is_one_graph_and_the_tokens_of_the_own_cache(hf, model, monkey
     report = Report.of(model)
     assert {"norm_rope_cache", "clamp_swiglu_quant", "inv_rope_quant"} <= report.counts().keys()
     assert report.counts()["compress_kv"] == 3 and not report.with_status("rejected")
+    written = [s.fusion for s in report.with_status("taken") if "cache write" in s.reason]
+    assert sorted(written) == ["compress_kv"] * 3 + ["norm_rope_cache"] * 3
 
 
 @pytest.mark.long

@@ -57,6 +57,18 @@ def test_cache_paged(kind):
     assert written.sum() == 6
 
 
+def test_cache_with_an_axis_for_its_head():
+    """[P, 1, N, D] is [P, N, D], rows apart in memory or not; two heads are none of both."""
+    kv, (cos, sin) = rand(2, 3, 64), tables(2, 3, 64, "expanded")
+    seq = torch.tensor([[3], [1]], device=DEVICE).expand(2, 3)
+    wide = poisoned(5, 3, 7, 64)
+    for cache in (poisoned(5, 1, 7, 64), wide[:, 1:2]):
+        _, written = cache_call(kv, cos, sin, cache, seq=seq, slot_start=2)
+        assert written.nonzero().tolist() == [[p, 0, n] for p in (1, 3) for n in (2, 3, 4)]
+    with pytest.raises(ValueError, match=r"\[P, 1, N, D\]"):
+        cache_call(kv, cos, sin, wide[:, :2], seq=seq, slot_start=2)
+
+
 @pytest.mark.parametrize("wrap", [True, False])
 def test_pages_that_are_not_there(wrap):
     """A view of two pages of four: rows for another page go nowhere, not to its neighbours."""

@@ -149,6 +149,24 @@ for _name, _fn in {
     "cache changed after": _doubled,
 }.items():
     MUTANTS[_name] = (Write(_fn, (TOKENS,), (SLOTS,), some_slots), "slots")
+
+
+def _two_heads(cache, rows, slots):
+    cache[:, :, slots] = rows.unsqueeze(1)
+
+
+def _second_head(cache, rows, slots):
+    cache[:, 1].index_copy_(1, slots, rows)
+
+
+def _some_places(draw, rows, cache):
+    return (draw.permutation(RING)[: rows[1]],)
+
+
+for _name, _fn in {"two heads": _two_heads, "the second head of two": _second_head}.items():
+    MUTANTS[_name] = (
+        Write(_fn, (3, SEQ), (3, 2, RING), _some_places), "one head, slots shared by all"
+    )  # fmt: skip
 MUTANTS["every second row"] = (
     Write(_every_second, (TOKENS,), (SLOTS,), nowhere),
     "slice from the start",

@@ -321,6 +321,55 @@ def one_sequence(write: Write) -> Write:
 PREFILL["pages"] = Write(_pages, (TOKENS,), (3, 4), some_slots)
 
 
+# ---- an axis for the one head of keys that are values, as transformers' caches have it ----------
+
+ONE_HEAD: dict[str, Write] = {}
+
+
+def _one_head(name: str, where: Any, length: int, batch: int = 3) -> Any:
+    def register(fn: Any) -> Any:
+        ONE_HEAD[name] = Write(fn, (batch, length), (3, 1, RING), where)
+        return fn
+
+    return register
+
+
+def _a_place(draw: Draw, rows: tuple[int, ...], cache: tuple[int, ...]) -> tuple[Any, ...]:
+    return (draw.permutation(cache[-1])[: rows[1]],)
+
+
+@_one_head("index_copy", _a_place, 1)
+@_one_head("index_copy of several", _a_place, SEQ)
+def _copy_heads(cache, rows, slots):
+    keys = rows.view(*rows.shape[:2], 1, -1).transpose(1, 2)
+    cache.index_copy_(2, slots, keys)
+
+
+@_one_head("slots shared by all", _a_place, SEQ)
+def _shared_head(cache, rows, slots):
+    cache[:, :, slots] = rows.unsqueeze(1)
+
+
+@_one_head("the head selected", _a_place, SEQ)
+def _select_head(cache, rows, slots):
+    cache[:, 0].index_copy_(1, slots, rows)
+
+
+@_one_head("row and ring", _steps, 1, BATCH)
+def _row_ring_head(cache, rows, at):
+    cache[torch.arange(rows.shape[0]), 0, at % cache.shape[2]] = rows.squeeze(1)
+
+
+@_one_head("prefix", nowhere, SEQ, BATCH)
+def _prefix_head(cache, rows):
+    cache[: rows.shape[0], :, : rows.shape[1]] = rows[:, None]
+
+
+@_one_head("span of all", nowhere, SEQ)
+def _span_head(cache, rows):
+    cache.narrow(2, 1, rows.shape[1]).copy_(rows.unsqueeze(1))
+
+
 # ---- pages: slots count through them -----------------------------------------------------------
 
 PAGES: dict[str, Write] = {}

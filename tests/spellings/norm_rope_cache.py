@@ -35,7 +35,7 @@ from ._partial_sums import (
     parts_inputs,
 )
 from ._steps import Layer, both, both_inputs, busy, layer_inputs, several, tables
-from ._writes import DECODE, FLAT, PAGES, PREFILL, Write, one_sequence
+from ._writes import DECODE, FLAT, ONE_HEAD, PAGES, PREFILL, Write, one_sequence
 
 NAME = "norm_rope_cache"
 GROUP = 16
@@ -185,6 +185,7 @@ SPELLINGS |= {
     for name, write in (DECODE | PREFILL).items() if len(write.rows) == 2
 }  # fmt: skip
 SPELLINGS |= {f"pages: {name}": kv_case(write) for name, write in PAGES.items()}
+SPELLINGS |= {f"write: one head, {name}": kv_case(write) for name, write in ONE_HEAD.items()}
 for _name, _pieces in _quants.VARIANTS.items():
     SPELLINGS[f"fake quant: {_name}"] = kv_case(
         FLAT["slots"], joined(_pieces), "norm", "rope → fake quant → cache write",
