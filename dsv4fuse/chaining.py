@@ -47,7 +47,7 @@ def _axes(scene: Scene, end: fx.Node, source: fx.Node) -> Axes | None:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype:
         return None
     term = scene.low.term(end)
-    for node, m in scene.low.origins.get(term, []):  # type: ignore[arg-type]
+    for node, m in scene.places(term, maps.sizes_of(a)):  # type: ignore[arg-type]
         if node is not source:
             continue
         axes = tuple(None if i == maps.ZERO else i.whole() for i in m)

@@ -21,6 +21,7 @@ from dsv4fuse.terms import Complex, Term
 
 aten = torch.ops.aten
 Axes = tuple[int | None, ...]
+Space = tuple[Size, ...]  # the lengths of the coordinates
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Contraction:
         """The number of the summed coordinate."""
         return self.output.meta["val"].dim()
 
+    @property
+    def space(self) -> Space:
+        """How long the coordinates are that the factors are read in."""
+        return (*maps.sizes_of(self.output.meta["val"]), self.size)
+
 
 def contraction(
     scene: Scene, output: fx.Node, term: Term | None = None, *, narrowed: bool = False
@@ -81,23 +87,24 @@ def contraction(
         return None
     if narrowed and term.op == "cast" and rules.widens(term.dtype, term.args[0].dtype):
         term = term.args[0]
-    rank = output.meta["val"].dim()
+    space = maps.sizes_of(output.meta["val"])
     if term.op == "fold":
-        return _sum_of_products(scene, output, term, rank)
-    return product(scene, term, rank, output)
+        return _sum_of_products(scene, output, term, space)
+    return product(scene, term, space, output)
 
 
-def product(scene: Scene, term: Term, rank: int, output: fx.Node) -> Contraction | None:
-    """The matrix product that a term of ``rank`` coordinates reads, whatever node holds it."""
+def product(scene: Scene, term: Term, space: Space, output: fx.Node) -> Contraction | None:
+    """The matrix product that a term of these coordinates reads, whatever node holds it."""
     if term.op != "load" or term.args[0].target not in (aten.mm.default, aten.bmm.default):
         return None
     node, (*batch, row, column) = term.args[0], term.args[1]
     left, right = node.args
     size = maps.sizes_of(left.meta["val"])[-1]
-    k = _running(rank, size)
+    k, space = _running(len(space), size), (*space, size)
     operands = (
-        _operand(scene, left, (*batch, row, k)), _operand(scene, right, (*batch, k, column))
-    )  # fmt: skip
+        _operand(scene, left, (*batch, row, k), space),
+        _operand(scene, right, (*batch, k, column), space),
+    )
     if None in operands:
         return None
     return Contraction(output, node, *operands, size)  # type: ignore[arg-type]
@@ -107,42 +114,42 @@ def _running(coordinate: int, size: Size) -> Index:
     return ZERO if size == 1 else Index(0, ((1, Digit(coordinate, 1, size, size)),))
 
 
-def _operand(scene: Scene, node: fx.Node, m: Map) -> Operand | None:
+def _operand(scene: Scene, node: fx.Node, m: Map, space: Space) -> Operand | None:
     term = scene.low.read(node, m)
     if isinstance(term, Complex):
         return None
-    return Operand(term, tuple(scene.low.origins[term]))
+    return Operand(term, scene.places(term, space))
 
 
 def _sum_of_products(
-    scene: Scene, output: fx.Node, fold: Term, rank: int
+    scene: Scene, output: fx.Node, fold: Term, space: Space
 ) -> Contraction | None:
     """``(a * b).sum(axis)``: the factors renamed from the sum's own space to the output's."""
     how, body, axes, shape, m = fold.args
     if how != "sum" or body.op != "mul" or len(axes) != 1:
         return None
     (axis,) = axes
-    renamed: dict[int, Index] = dict(enumerate(m)) | {axis: _running(rank, shape[axis])}
+    renamed: dict[int, Index] = dict(enumerate(m)) | {axis: _running(len(space), shape[axis])}
     operands = []
     for factor in body.args:
-        term = _renamed(scene, factor, renamed)
+        term = _renamed(scene, factor, shape, renamed)
         if factor.op == "const" or term is None:
             return None
-        operands.append(Operand(term, tuple(scene.low.origins[term])))
+        operands.append(Operand(term, scene.places(term, (*space, shape[axis]))))
     products = next(iter(scene.low.origins[fold]))[0]
     return Contraction(output, products, *operands, shape[axis], True)
 
 
-def _renamed(scene: Scene, t: Term, renamed: dict[int, Index]) -> Term | None:
+def _renamed(scene: Scene, t: Term, space: Space, renamed: dict[int, Index]) -> Term | None:
     """A term in other coordinates: a node that holds it read anew, or its operands renamed."""
-    for node, own in scene.low.origins[t]:
+    for node, own in scene.places(t, space):
         m = [_substitute(i, renamed) for i in own]
         read = None if None in m else scene.low.read(node, tuple(m))  # type: ignore[arg-type]
         if isinstance(read, Term):
             return read
     if t.op in ("load", "const", "fold", "cat", "lace"):
         return t if t.op == "const" else None
-    args = [_renamed(scene, a, renamed) for a in t.args]  # a promotion that no node shows
+    args = [_renamed(scene, a, space, renamed) for a in t.args]  # a promotion that no node shows
     return None if None in args else scene.low.make(t.op, tuple(args), t.dtype)
 
 
@@ -152,7 +159,7 @@ def _substitute(i: Index, renamed: dict[int, Index]) -> Index | None:
     for stride, digit in i.terms:
         new = renamed[digit.coord]
         whole = new.whole()
-        if new != ZERO and whole is None:
+        if new != ZERO and (whole is None or new.terms[0][1].extent != digit.extent):
             return None
         if whole is not None:
             terms.append((stride, Digit(whole, digit.div, digit.size, digit.extent)))

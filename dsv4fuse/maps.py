@@ -159,6 +159,12 @@ def whole_axes(m: Map, shape: tuple[Size, ...]) -> bool:
     )
 
 
+def within(m: Map, space: Sequence[Size]) -> bool:
+    """Does m read no coordinates but those of a space whose axes are so long?"""
+    digits = (d for i in m for _, d in i.terms)
+    return all(d.coord < len(space) and d.extent == space[d.coord] for d in digits)
+
+
 def bounds(i: Index) -> tuple[Size, Size]:
     """Smallest and largest value (strides are non-negative)."""
     return i.offset, i.offset + sum(s * (d.size - 1) for s, d in i.terms)

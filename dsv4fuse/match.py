@@ -86,10 +86,11 @@ class Miss:
 @dataclass(frozen=True)
 class Space:
     """Where coordinates lie: the graph's axis for each lane axis of the reference, and the root's
-    axis for each leading axis of the graph's value."""
+    axis for each leading axis of the graph's value, whose axes have these lengths."""
 
     lanes: Mapping[int, int]
     rows: Mapping[int, int | None]
+    lengths: tuple[Size, ...]
 
 
 class Unifier:
@@ -103,11 +104,12 @@ class Unifier:
         root = self.low.term(self.node)
         if isinstance(root, Complex):
             return None
-        lead = len(self.node.meta["val"].shape) - self.pattern.lanes
+        lengths = maps.sizes_of(self.node.meta["val"])
+        lead = len(lengths) - self.pattern.lanes
         if lead < 0:
             return None
         lanes = {1 + i: lead + i for i in range(self.pattern.lanes)}
-        space = Space(lanes, {k: k for k in range(lead)})
+        space = Space(lanes, {k: k for k in range(lead)}, lengths)
         return next(self._unify(self.pattern.root, root, space, Env(), "", self.node), None)
 
     # ---- terms -----------------------------------------------------------------------------
@@ -147,14 +149,9 @@ class Unifier:
             yield from self._all(p_args, order, space, env, path, near)
 
     def _all(
-        self,
-        ps: tuple[Term, ...],
-        gs: tuple[Term, ...],
-        space: Space,
-        env: Env,
-        path: str,
+        self, ps: tuple[Term, ...], gs: tuple[Term, ...], space: Space, env: Env, path: str,
         near: fx.Node,
-    ) -> Iterator[Env]:
+    ) -> Iterator[Env]:  # fmt: skip
         if len(ps) != len(gs):
             return
         if not ps:
@@ -191,14 +188,14 @@ class Unifier:
             self._missed(env, path, p, g, near)
             return
         lanes = {k: k - 1 + lead for k in range(1, len(p_map))}
-        yield from self._unify(p_body, g_body, Space(lanes, rows), env, path, near)
+        yield from self._unify(p_body, g_body, Space(lanes, rows, g_shape), env, path, near)
 
     @staticmethod
     def _row(i: Index, space: Space) -> int | None:
         """The root's axis behind a leading index; None for a unit axis, -1 for anything else."""
         if i == ZERO:
             return None
-        whole = i.whole()
+        whole = i.whole() if maps.within((i,), space.lengths) else None
         return -1 if whole is None else space.rows.get(whole, -1)
 
     # ---- leaves ----------------------------------------------------------------------------

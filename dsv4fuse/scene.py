@@ -7,7 +7,7 @@ walk a ``Scene`` and chain the hits of their atoms.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import joins, maps, trace, views
 from dsv4fuse.lower import Lowering
+from dsv4fuse.maps import Map, Size
 from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
 from dsv4fuse.terms import Complex, Term, straight
 
@@ -259,13 +260,23 @@ class Scene:
         without = tuple(writes)
         return any(needed(user, without) for user in node.users)
 
+    def places(self, term: Term, space: Sequence[Size]) -> tuple[tuple[fx.Node, Map], ...]:
+        """The nodes that hold a term of a space whose axes are so long, and where; nearest to the
+        graph's inputs first.
+
+        What does not vary along an axis is held in other spaces too, which have another length of
+        that axis, or none.
+        """
+        origins = self.low.origins.get(term, ())
+        return tuple((node, m) for node, m in origins if maps.within(m, space))
+
     def holders(self, node: fx.Node) -> Iterator[tuple[fx.Node, Rows]]:
         """Nodes with the same lanes as this one, and their leading axes in this one's."""
-        term = self.low.term(node)
+        term, space = self.low.term(node), maps.sizes_of(node.meta["val"])
         if isinstance(term, Complex):
             return
-        lane = len(node.meta["val"].shape) - 1
-        for other, m in self.low.origins.get(term, []):
+        lane = len(space) - 1
+        for other, m in self.places(term, space):
             if not m or m[-1].whole() != lane:
                 continue
             lead = m[:-1]

@@ -126,13 +126,12 @@ def _span(
     scene: Scene, root: fx.Node, sequence: int | None, write: Write
 ) -> tuple[int, int, int, Place | None] | None:
     """(first row, its slot, rows, the place along the batch) of a write of some of root's rows."""
-    term = scene.low.term(write.value)
-    m = next((m for node, m in scene.low.origins.get(term, []) if node is root), None)
+    term, extents = scene.low.term(write.value), maps.sizes_of(write.value.meta["val"])
+    m = next((m for node, m in scene.places(term, extents) if node is root), None)
     if m is None or sequence is None or not 1 <= len(write.places) <= 2:
         return None
     *lead, place = write.places
     run, axes = m[sequence], [i.whole() for i in m]
-    extents = maps.sizes_of(write.value.meta["val"])
     named = [_named(p, {v: k for k, v in enumerate(axes) if v is not None}, extents) for p in lead]
     rows = 1 if place.along is None else extents[place.along]
     moved = Index(0, run.terms).whole()

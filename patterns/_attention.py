@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import rules
-from dsv4fuse.contract import Axes, Operand, contraction
+from dsv4fuse import maps, rules
+from dsv4fuse.contract import Axes, Operand, Space, contraction
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.terms import Complex, Term
 from dsv4fuse.views import VIEWS
@@ -60,7 +60,7 @@ def logits(scene: Scene, node: fx.Node, t: Term, outer: str = "m") -> Logits | N
     if found is not None:
         if found.rounded:
             return None
-        left, right = (_narrow(scene, o) for o in (found.left, found.right))
+        left, right = (_narrow(scene, o.term, found.space) for o in (found.left, found.right))
         return Logits(node, left, right, rounded="p" * (t.dtype in NARROW))
     if t.op in ("mul", "div") and outer:
         for x, by in (t.args, t.args[::-1])[: 2 if t.op == "mul" else 1]:
@@ -85,7 +85,7 @@ def _masked(scene: Scene, node: fx.Node, t: Term) -> Logits | None:
         hides = kind == "add" or fill <= -1e4
         inner = logits(scene, node, scores, "s") if hides and scores.op != "const" else None
         if inner is not None and mask.op != "const":
-            places = _narrow(scene, Operand(mask, tuple(scene.low.origins[mask])))
+            places = _narrow(scene, mask, maps.sizes_of(node.meta["val"]))
             rounded = inner.rounded + "m" * (kind == "add" and t.dtype in NARROW)
             return replace(inner, rounded=rounded, mask=(kind, places, fill))
     return None
@@ -95,12 +95,10 @@ def _widens(t: Term) -> bool:
     return t.op == "cast" and rules.widens(t.args[0].dtype, t.dtype)
 
 
-def _narrow(scene: Scene, o: Operand) -> Operand:
-    """A factor without its exact widening."""
-    if not _widens(o.term):
-        return o
-    inner = o.term.args[0]
-    return Operand(inner, tuple(scene.low.origins[inner]))
+def _narrow(scene: Scene, factor: Term, space: Space) -> Operand:
+    """A factor of these coordinates without its exact widening."""
+    inner = factor.args[0] if _widens(factor) else factor
+    return Operand(inner, scene.places(inner, space))
 
 
 # ---- a whole site ------------------------------------------------------------------------------
@@ -202,12 +200,12 @@ def _site(scene: Scene, hit: Hit, read: Logits, root: fx.Node) -> Site | None:
     if found is None or found.rounded:
         return None
     for side, other in ((found.left, found.right), (found.right, found.left)):
-        side = side if side.at(hit.node) else _narrow(scene, side)
+        side = side if side.at(hit.node) else _narrow(scene, side.term, found.space)
         named = next((axes for node, axes in side.whole() if node is hit.node), None)
         if named is None or named[-1] != found.summed:
             continue
-        values = tuple(Named(n, a) for n, a in _narrow(scene, other).whole())
-        site = _joined(scene, hit, read, root, named, values)
+        values = _narrow(scene, other.term, found.space).whole()
+        site = _joined(scene, hit, read, root, named, tuple(Named(n, a) for n, a in values))
         if site is not None:
             return site
     return None

@@ -58,7 +58,7 @@ def _whole(scene: Scene, node: fx.Node) -> list[tuple[fx.Node, Axes]]:
     if isinstance(term, Complex):
         return []
     found = []
-    for other, m in scene.low.origins.get(term, []):
+    for other, m in scene.places(term, maps.sizes_of(node.meta["val"])):
         axes = tuple(i.whole() for i in m)
         plain = all(a is not None or i == maps.ZERO for a, i in zip(axes, m, strict=True))
         if plain and maps.whole_axes(m, maps.sizes_of(other.meta["val"])):

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dsv4fuse import maps, rules
-from dsv4fuse.contract import Operand
+from dsv4fuse.contract import Operand, Space
 from dsv4fuse.lower import broadcast
 from dsv4fuse.maps import Map
 from dsv4fuse.scene import Scene
@@ -46,8 +46,8 @@ def ranges(scene: Scene, where: fx.Node, scores: fx.Node) -> list[Bound] | None:
     hides = rules.number(yes) == -math.inf and no is own
     if not hides and not (rules.number(no) == -math.inf and yes is own):
         return None
-    key = where.meta["val"].dim() - 1
-    bounds = _bounds(scene, where.args[0], straight(where), hides, key)  # type: ignore[arg-type]
+    space = maps.sizes_of(where.meta["val"])
+    bounds = _bounds(scene, where.args[0], straight(where), hides, space)  # type: ignore[arg-type]
     sides = [b.end for b in bounds or ()]
     return bounds if len(sides) == len(set(sides)) else None
 
@@ -60,28 +60,31 @@ BOTH = (aten.bitwise_and.Tensor, aten.logical_and.default)
 EITHER = (aten.bitwise_or.Tensor, aten.logical_or.default)
 
 
-def _bounds(scene: Scene, test: fx.Node, m: Map, hides: bool, key: int) -> list[Bound] | None:
+def _bounds(
+    scene: Scene, test: fx.Node, m: Map, hides: bool, space: Space
+) -> list[Bound] | None:
     """What a test says of the keys, read through m: that each of these shows a key."""
     m = broadcast(m, maps.sizes_of(test.meta["val"]))
     if test.target in (aten.bitwise_not.default, aten.logical_not.default):
-        return _bounds(scene, test.args[0], m, not hides, key)  # type: ignore[arg-type]
+        return _bounds(scene, test.args[0], m, not hides, space)  # type: ignore[arg-type]
     if test.target in (EITHER if hides else BOTH):
-        parts = [_bounds(scene, t, m, hides, key) for t in test.args]  # type: ignore[arg-type]
+        parts = [_bounds(scene, t, m, hides, space) for t in test.args]  # type: ignore[arg-type]
         return None if None in parts else [b for p in parts for b in p]  # type: ignore[union-attr]
     term = scene.low.read(test, m)
-    bound = None if isinstance(term, Complex) else _bound(scene, term, hides, key)
+    bound = None if isinstance(term, Complex) else _bound(scene, term, hides, space)
     return None if bound is None else [bound]
 
 
-def _bound(scene: Scene, test: Term, hides: bool, key: int) -> Bound | None:
+def _bound(scene: Scene, test: Term, hides: bool, space: Space) -> Bound | None:
     if test.op not in SHOWN:
         return None
+    key = len(space) - 1
     for (place, n), op in ((test.args, test.op), (test.args[::-1], TURNED[test.op])):
         if not _counts(place, key) or n.dtype not in (torch.int64, torch.int32):
             continue
         if n.op == "cast" and n.args[0].dtype == torch.int32:
             n = n.args[0]  # widened to be compared
-        held = seats(Operand(n, tuple(scene.low.origins[n])))
+        held = seats(Operand(n, scene.places(n, space)))
         seat = next((s for s in held if key not in s.axes), None)
         if seat is not None:
             end, plus = SHOWN[NOT[op] if hides else op]

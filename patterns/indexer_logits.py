@@ -77,7 +77,7 @@ def _site(scene: Scene, node: fx.Node) -> Site | None:
     for rated, weights in ((outer.left, outer.right), (outer.right, outer.left)):
         steps = outer.rounded or node.meta["val"].dtype == F32
         for dots, scale, rounding, keys in _rated(rated.term):
-            inner = product(scene, dots, outer.summed + 1, node)
+            inner = product(scene, dots, outer.space, node)
             if inner is not None and steps and rated.term.dtype == weights.term.dtype:
                 site = _seated(scene, node, inner, weights, scale, rounding)
                 return site if keys is None else site and _of_keys(scene, site, keys, True)
@@ -150,7 +150,7 @@ def _order(q: Seat, k: Seat, w: Seat, key: int) -> tuple[int | None, int | None]
 
 def _of_keys(scene: Scene, site: Site, keys: Term, of_dots: bool) -> Site | None:
     """The site with a scale that depends on the key alone, or on the batch as k does."""
-    held = seats(Operand(keys, tuple(scene.low.origins[keys])))
+    held = seats(Operand(keys, scene.places(keys, maps.sizes_of(site.root.meta["val"]))))
     key, fitting = site.rank - 1, {site.rank - 1, site.order[0], None}
     seat = next((s for s in held if key in s.axes and fitting.issuperset(s.axes)), None)
     return seat and replace(site, keys=seat, of_dots=of_dots)

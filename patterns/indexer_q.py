@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import atoms, rules
+from dsv4fuse import atoms, maps, rules
 from dsv4fuse.chains import Quantised, divides_by_product, quantised
 from dsv4fuse.contract import Operand, product
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
@@ -102,13 +102,14 @@ def _whole(quant: Quantised, node: fx.Node) -> bool:
 def _turns(scene: Scene) -> Iterator[Turn]:
     """Every product of a value with a square matrix over its last axis, the latest node last."""
     for node in scene.nodes:
-        term, rank = scene.low.term(node), node.meta["val"].dim()
+        term, space = scene.low.term(node), maps.sizes_of(node.meta["val"])
+        rank = len(space)
         if isinstance(term, Complex) or rank < 3:
             continue
         dtype = term.dtype
         inner = term.args[0] if term.op == "cast" else term
         base, factor = rules.scaled(inner)
-        c = product(scene, base, rank, node)
+        c = product(scene, base, space, node)
         if c is None or (term.op == "cast" and base.dtype != torch.float32):
             continue
         for x, m in ((c.left, c.right), (c.right, c.left)):

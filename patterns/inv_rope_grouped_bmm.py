@@ -104,7 +104,7 @@ def _heads(
     """How a factor is the turned heads: themselves, or through fp8 (and then rounded or not)."""
     shape, dtype = maps.sizes_of(hit.node.meta["val"]), hit.node.meta["val"].dtype
     for plain in _unwidened(scene, term, dtype):
-        for node, m in scene.low.origins[plain]:
+        for node, m in scene.places(plain, product.space):
             if node is hit.node and (rows := rows_of(product, m, shape, order)):
                 yield rows, None, False
     rounded = term.op == "cast" and term.dtype == dtype
@@ -148,7 +148,7 @@ def _through(
     for term, nodes, shape, block in pairs:
         own = [
             rows_of(product, through, shape, order, block)
-            for node, m in scene.low.origins[term]
+            for node, m in scene.places(term, product.space)
             if node in nodes
             and (through := maps.reshape(m, maps.sizes_of(node.meta["val"]), shape)) is not None
         ]

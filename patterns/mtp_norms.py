@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from dsv4fuse import atoms, maps, rules
-from dsv4fuse.contract import Operand
+from dsv4fuse.contract import Operand, Space
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import RMS_NORM
@@ -109,10 +109,10 @@ def _embedded(scene: Scene, norm: Hit) -> Embedded:
     if not isinstance(term, Complex) and term.op == "where":
         test, yes, no = term.args
         for zero, value, names in ((yes, no, HIDES), (no, yes, SHOWS)):
-            places = _positions(scene, test, names, node.meta["val"].dim() - 1)
+            places = _positions(scene, test, names, _size(node))
             if rules.number(zero) != 0.0 or places is None:
                 continue
-            held = seats(Operand(value, tuple(scene.low.origins[value])))
+            held = seats(Operand(value, scene.places(value, _size(node))))
             whole = (s for s in held if maps.sizes_of(s.node.meta["val"]) == _size(node))
             seat = next((s for s in whole if _straight(s)), None)
             if seat is not None and seat.node.meta["val"].dtype == node.meta["val"].dtype:
@@ -120,7 +120,7 @@ def _embedded(scene: Scene, norm: Hit) -> Embedded:
     return Embedded(node)
 
 
-def _size(node: fx.Node) -> tuple[maps.Size, ...]:
+def _size(node: fx.Node) -> Space:
     return maps.sizes_of(node.meta["val"])
 
 
@@ -129,7 +129,7 @@ def _straight(seat: Seat) -> bool:
 
 
 def _positions(
-    scene: Scene, test: Term, names: dict[tuple[str, int], str], lane: int
+    scene: Scene, test: Term, names: dict[tuple[str, int], str], space: Space
 ) -> tuple[Seat, str] | None:
     """(positions, which of them are hidden) of a comparison with a number."""
     if test.op not in TURNED:
@@ -138,8 +138,8 @@ def _positions(
         name = names.get((op, rules.number(n)))  # type: ignore[arg-type]
         if name is None or at.dtype not in (torch.int32, torch.int64):
             continue
-        held = seats(Operand(at, tuple(scene.low.origins[at])))
-        seat = next((s for s in held if lane not in s.axes), None)
+        held = seats(Operand(at, scene.places(at, space)))
+        seat = next((s for s in held if len(space) - 1 not in s.axes), None)
         if seat is not None:
             return seat, name
     return None

@@ -134,3 +134,34 @@ def test_residual_streams_of_many_layers():
     scene = Scene(compat.trace(layers, shapes))
     assert all(scene.low.term(n) for n in reversed(scene.nodes))
     assert len(hyper_connection_post.find(scene, "faithful")) == 120
+
+
+def _joins(fn, *shapes):
+    """The contraction at the last node of a graph in which all were looked for."""
+    scene = Scene(compat.trace(fn, [(s, torch.float32) for s in shapes]))
+    return [contraction(scene, node) for node in scene.nodes][-1]
+
+
+def test_a_factor_that_is_held_with_more_axes_elsewhere():
+    """The same value, repeated along two axes that the product does not have."""
+
+    def fn(a, b):
+        return a[..., None, None].expand(3, 4, 2, 5).exp(), (a.exp() * b).sum(-1)
+
+    found = _joins(fn, (3, 4), (3, 4))
+    assert found is not None
+    held = [n.meta["val"].shape for f in (found.left, found.right) for n, _ in f.places]
+    assert held and all(s == (3, 4) for s in held)
+
+
+def test_a_factor_that_is_repeated_otherwise_elsewhere():
+    """The same value, repeated seven times in one product and twice in another."""
+
+    def fn(a, b, c):
+        more, less = (a.expand(n, 3, 4).exp() for n in (7, 2))
+        return torch.bmm(more, b), torch.bmm(less, c)
+
+    found = _joins(fn, (3, 4), (7, 4, 5), (2, 4, 5))
+    assert found is not None
+    held = [n.meta["val"].shape for n, _ in found.left.whole()]
+    assert held and all(s == (2, 3, 4) for s in held)

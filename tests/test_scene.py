@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dsv4fuse import atoms, compat
 from dsv4fuse.scene import Scene
+from dsv4fuse.specs import RMS_NORM
 
 aten = torch.ops.aten
 # base, x → a tensor that x + 1 is written to, and whether nothing is left of what it was
@@ -28,3 +30,17 @@ def test_what_is_written_over_as_a_whole(name):
     (value,) = (n for n in graph.nodes if n.target is aten.add.Tensor)
     (written,) = (n for n in graph.nodes if "scatter" in str(n.target))
     assert (before not in Scene(graph).region(written, [value])) == whole
+
+
+def test_a_value_that_is_repeated_otherwise_elsewhere():
+    """Seven times and three times the same rows: a norm of the three reads the three."""
+
+    def fn(x, w):
+        more, less = (x.expand(n, 5, 64) * 2 for n in (7, 3))
+        return more, atoms.rms_norm(less, w, eps=1e-6, rounding="once")
+
+    shapes = [((5, 64), torch.bfloat16), ((64,), torch.float32)]
+    scene = Scene(compat.trace(fn, shapes))
+    (hit,) = scene.outermost(RMS_NORM)
+    assert hit.node.meta["val"].shape == hit.x.node.meta["val"].shape == (3, 5, 64)
+    assert hit.x.rows == (0, 1)
