@@ -7,7 +7,7 @@ walk a ``Scene`` and chain the hits of their atoms.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -246,14 +246,28 @@ class Scene:
         return kept[::-1]
 
     def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
-        """Is there a place after all inputs and before every reader of the outputs that stays?"""
-        last = max((self.order[n] for n in inputs), default=-1)
-        replaced = tuple(outputs)
-        return all(
+        """Is there a place after all inputs, none of them made of an output, and before every
+        reader of the outputs that stays?"""
+        given, replaced = tuple(inputs), tuple(outputs)
+        last = max((self.order[n] for n in given), default=-1)
+        return not self._made_of(given, replaced) and all(
             self.order[user] > last or not needed(user, replaced)
             for n in replaced
             for user in readers(n)[0]
         )
+
+    def _made_of(self, nodes: Iterable[fx.Node], sources: Collection[fx.Node]) -> bool:
+        """Is one of the nodes a source, or computed from one?"""
+        first = min(self.order[n] for n in sources)
+        seen, stack = set[fx.Node](), list(nodes)
+        while stack:
+            node = stack.pop()
+            if node in sources:
+                return True
+            if node not in seen and self.order[node] > first:
+                seen.add(node)
+                stack += node.all_input_nodes
+        return False
 
     def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
         """Would node still be needed if the given nodes were replaced by something else?"""

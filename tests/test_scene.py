@@ -44,3 +44,13 @@ def test_a_value_that_is_repeated_otherwise_elsewhere():
     (hit,) = scene.outermost(RMS_NORM)
     assert hit.node.meta["val"].shape == hit.x.node.meta["val"].shape == (3, 5, 64)
     assert hit.x.rows == (0, 1)
+
+
+def test_no_place_where_an_input_is_made_of_a_result():
+    """One op for ``a`` and ``c``, which would read what is made of its own ``a``."""
+    graph = compat.trace(lambda x: ((x * 2).exp() + 1) * x, [((5, 4), torch.float32)])
+    scene = Scene(graph)
+    x, a, between, _, c = (n for n in graph.nodes if n.op != "output")
+    assert scene.placeable([x], [a, c])
+    assert not scene.placeable([x, between], [a, c])
+    assert not scene.placeable([x, a], [a, c])
