@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4fuse.kernels import _common as common
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,11 +50,8 @@ def _scaled(args: tuple[object, ...], tokens: int, size: float) -> list[object]:
     return [a * size if is_activation(a) else a for a in args]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", OPS)
-@drawn(1)
-@given(st.integers(1, 300 if GPU else 9), st.integers(-12, 8), st.integers(0, 999))
-@example(1, 0, 0)
-def test_as_the_reference(name, tokens, power, seed):
+def compare(name: str, tokens: int, power: int, seed: int) -> None:
+    """The op at so many tokens, bf16 activations times 2**power, and its reference."""
     power = min(power, SHARPEST.get(name, power))
     torch.manual_seed(seed)
     args, kwargs = calls(DEVICE, tokens)[name]
@@ -68,3 +65,17 @@ def test_as_the_reference(name, tokens, power, seed):
         all_equal(found, wanted)
     else:
         all_near(found, wanted, SLACK.get(name, 0.0))
+
+
+@pytest.mark.parametrize("name", OPS)
+@drawn(1)
+@given(st.integers(1, 300 if GPU else 9), st.integers(-12, 8), st.integers(0, 999))
+def test_as_the_reference(name, tokens, power, seed):
+    compare(name, tokens, power, seed)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 127, 128, 129, 1000, 1500, 8192] if GPU else [1])
+@pytest.mark.parametrize("name", OPS)
+def test_token_counts(name, tokens):
+    """In front of, at and behind the borders of blocks, and the longest of a prefill."""
+    compare(name, tokens, 0, 0)
