@@ -66,6 +66,21 @@ def holds(value: float, dtype: torch.dtype | None) -> bool:
     return rounded(value, dtype) == value
 
 
+SELECTING = ("minimum", "maximum", "neg", "abs")  # each result is an operand, but for its sign
+
+
+def _narrowed(t: Term, d: torch.dtype | None, make: Make) -> Term | None:
+    """t in d, where it only selects among widened values of d, numbers that d holds, and signs."""
+    if t.op == "const":
+        return t if holds(t.args[0], d) else None
+    if t.op == "cast":
+        return t.args[0] if t.args[0].dtype is d and widens(d, t.dtype) else None
+    if t.op not in SELECTING or d not in (torch.bfloat16, torch.float16):
+        return None
+    args = [_narrowed(x, d, make) for x in t.args]
+    return None if None in args else make(t.op, tuple(args), d)  # type: ignore[arg-type]
+
+
 def _cast(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     (x,) = a
     if x.op == "const":
@@ -78,7 +93,7 @@ def _cast(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None
     if x.op == "cast" and widens(x.args[0].dtype, x.dtype) and widens(x.dtype, d):
         return make("cast", (x.args[0],), d)  # widen ∘ widen
     if not widens(x.dtype, d):
-        return None
+        return _narrowed(x, d, make) if x.op in SELECTING else None
     if x.op in ("neg", "abs"):
         return make(x.op, (make("cast", x.args, d),), d)  # sign changes commute with widening
     if x.op in ("minimum", "maximum") and all(

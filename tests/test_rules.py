@@ -107,6 +107,13 @@ def _casts() -> Iterator[Instance]:
                             (m(o, (x, c(b)), n),), w),
                         (narrow,),
                     )  # fmt: skip
+    for narrow, bound in itertools.product((BF16, FP16), (0.0, -0.0, -1.5, 10.0, float("inf"))):
+        yield Instance(
+            "cast", f"clamped by {bound} in fp32, to {narrow}", "cast",
+            lambda m, c, x, n=narrow, b=bound: (
+                (m("maximum", (m("neg", (m("cast", (x,), FP32),), FP32), c(b)), FP32),), n),
+            (narrow,),
+        )  # fmt: skip
     yield from _unary("cast", "cast", (E4M3, *FLOATS), lambda m, c, x, d: ((x,), d), "itself")
 
 
@@ -172,6 +179,15 @@ BINARY = [
         Instance(
             "cast", f"{op} of two {n} to fp32", "cast",
             lambda m, c, x, y, n=n, o=op: ((m(o, (x, y), n),), FP32), (n, n),
+        )
+        for n in (BF16, FP16) for op in ("minimum", "maximum")
+    ),
+    *(
+        Instance(
+            "cast", f"{op} in fp32 of two {n}", "cast",
+            lambda m, c, x, y, n=n, o=op: (
+                (m(o, (m("cast", (x,), FP32), m("cast", (y,), FP32)), FP32),), n),
+            (n, n),
         )
         for n in (BF16, FP16) for op in ("minimum", "maximum")
     ),

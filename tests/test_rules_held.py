@@ -29,6 +29,16 @@ def test_a_bound_that_rounds_keeps_its_dtype():
     assert low.make("cast", (bounded,), FP32).args == (bounded,)
 
 
+@pytest.mark.parametrize("bound", [0.1, 1e30])
+def test_a_bound_that_the_narrow_dtype_rounds_stays_wide(bound):
+    low = Lowering()
+    wide = low.make("cast", (_leaf(low, FP16),), FP32)
+    clamped = low.make("minimum", (wide, low.interner.const(bound)), FP32)
+    assert low.make("cast", (clamped,), FP16).op == "cast"
+    scaled = low.make("minimum", (low.make("mul", (wide, wide), FP32), wide), FP32)
+    assert low.make("cast", (scaled,), FP16).op == "cast"
+
+
 def test_bf16_and_fp16_are_not_each_other():
     low = Lowering()
     there = low.make("cast", (_leaf(low, BF16),), FP16)
