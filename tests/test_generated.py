@@ -161,6 +161,15 @@ def test_a_write_of_the_last_row_alone_is_checked():
     assert any(m.forced == "rejected" for m in found)
 
 
+def test_an_op_that_refuses_its_arguments_refuses_the_mutant():
+    """Where a product's operands lie, the op takes them or does not: neither is a crash."""
+    words = {"dots": "matmul", "total": "matmul", "dtype": "fp16", "mask": "no mask"}
+    site = _programs.families()["indexer: logits"](Hand(_first, words))
+    found = [m for m in _mutants.every(site, ("rounded",)) if not m.void]
+    assert len(found) > 5 and not any(m.crash for m in found), [m for m in found if m.crash]
+    assert {m.forced for m in found} <= {"rejected", "equal"}, found
+
+
 def test_two_ways_to_the_graph_are_one():
     """The light tracer shows the pass what torch.compile does."""
     for name in ("norm_rope_cache: kv written", "inv_rope_quant: in groups"):

@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from dsv4fuse import compat, exact, pipeline, samples, verify
+from dsv4fuse import compat, exact, pipeline, rewrite, samples, verify
 from dsv4fuse.backend import parse
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.scene import Scene
@@ -122,8 +122,17 @@ def _mutant(
 
 
 def _places(module: fx.GraphModule) -> list[tuple[Candidate, list[fx.Node]]]:
+    """What the pass could take, with the nodes that it would replace."""
     found = pipeline.candidates(Scene(module.graph), UNVERIFIED)
-    return [(c, r) for c, r in found if c.unsupported is None and r]
+    return [(c, r) for c, r in found if r and _planned(c)]
+
+
+def _planned(candidate: Candidate) -> bool:
+    try:
+        rewrite.plan(candidate)
+    except rewrite.Declined:
+        return False
+    return True
 
 
 def _by_terms(result: Mutant, site: Site, module: fx.GraphModule, copy: fx.GraphModule) -> None:
@@ -156,10 +165,9 @@ def _forced(candidate: Candidate, copies: dict[fx.Node, fx.Node], graph: fx.Grap
     region = _between(graph, moved.inputs, ends)
     if any(e not in region for e in ends):
         return ""
+    if verify.check(moved, region, "faithful") is not None:
+        return "rejected"
     with compat.outside_compilation():
-        said = verify._checked(moved, region, "faithful")
-        if said is not None:
-            return "rejected"
         made = samples.draw(moved, samples.leaves(moved, region))
         was = _between(
             candidate.root.graph, candidate.inputs, (*candidate.outputs, *candidate.updates)
