@@ -126,6 +126,16 @@ def test_the_sign_of_a_nan_is_nobodys():
     assert "integers differ" in _check.further_off(none, [codes], [negative])
 
 
+def test_a_mutant_of_what_nobody_wrote_is_none():
+    """Lanes of an empty tensor in the place of what would be written to them: any bits at all."""
+    words = {"rope": "real assignment_into_empty"}
+    site = _programs.families()["norm_rope_cache: q or kv"](Hand(_first, words))
+    found = list(_mutants.every(site, ("operands exchanged", "negated")))
+    copies = [m for m in found if m.edit.startswith("operands exchanged at copy")]
+    assert len(copies) == 2 and all(m.void for m in copies), copies
+    assert sum(not m.void for m in found) > 5, found
+
+
 # The check's own power, at edits that it must see whatever is drawn.
 SEEN = ("negated", "lanes rolled", "another tensor", "operands exchanged")
 

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsv4fuse import exact
 
+from .._same import copied, difference
+
 _TABLE = select_decomp_table()
 
 
@@ -88,3 +90,28 @@ def truth(fn: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
 def run(module: fx.GraphModule, args: Sequence[Any]) -> Any:
     with torch.no_grad():
         return module(*(a for a in args if isinstance(a, Tensor)))
+
+
+class _Filled(fx.Interpreter):
+    """Runs a graph with a number in all memory that is allocated and not written."""
+
+    def __init__(self, module: fx.GraphModule, number: int) -> None:
+        super().__init__(module)
+        self.number = number
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super().call_function(target, args, kwargs)
+        return found.fill_(self.number) if "empty" in str(target) else found
+
+
+def reads_unwritten(module: fx.GraphModule, args: Sequence[Any]) -> bool:
+    """Do the results, or what is left in the arguments, hang on memory that nobody wrote?"""
+    if not any("empty" in str(n.target) for n in module.graph.nodes):
+        return False
+    ends = []
+    for number in (0, 1):
+        given = [a for a in copied(args) if isinstance(a, Tensor)]
+        with torch.no_grad():
+            ends.append(tree_leaves((_Filled(module, number).run(*given), given)))
+    pairs = zip(*ends, strict=True)
+    return any(isinstance(a, Tensor) and difference(a, b, exact=True) for a, b in pairs)

@@ -145,6 +145,9 @@ def _by_terms(result: Mutant, site: Site, module: fx.GraphModule, copy: fx.Graph
         result.void = True
         return
     result.void = not _check.unequal((original, args[0]), (wanted, args[1]), exact=True)
+    if _graphs.reads_unwritten(copy, site.inputs):
+        result.void = True
+        return
     graph = fx.Graph()
     graph.output(graph.graph_copy(copy.graph, {}))
     fused = fx.GraphModule(copy, graph)
