@@ -136,16 +136,26 @@ def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piec
     if len(i.terms) != 1 or i.terms[0][0] != 1 or i.offset != 0:
         raise Opaque
     digit = i.terms[0][1]
-    fixed = isinstance(digit.extent, int)
-    if fixed and all(p[2] == len(pieces) for p in pieces) and digit.whole:
-        return low.lace(node, m, digit.coord, len(pieces), pieces[0][1])  # strided assignment
-    if fixed and digit.div == 1 and not digit.whole and all(p[1] == 1 for p in pieces):
-        return low.lace(node, m, digit.coord, len(pieces), digit.extent // len(pieces))  # stack
-    strided = any(step != 1 for _, _, step, _ in pieces)
-    if strided or digit.div * digit.size != digit.extent:
+    strided = all(p[2] == len(pieces) for p in pieces) and digit.whole  # an assignment
+    stacked = all(p[1] == 1 for p in pieces) and digit.div == 1 and not digit.whole
+    if isinstance(digit.extent, int) and (strided or stacked):
+        ways = len(pieces) if strided else digit.size
+        if digit.extent % ways:
+            raise Opaque  # of some pieces more is read than of others
+        return low.lace(node, m, digit.coord, ways, digit.extent // ways)
+    if any(step != 1 for _, _, step, _ in pieces) or digit.div * digit.size != digit.extent:
         raise Opaque
-    cuts = [(start * digit.div, size * digit.div) for start, size, _, _ in pieces]
-    return low.cat(node, m, digit.coord, cuts)
+    read = _first(pieces, digit.size)
+    return low.cat(node, m, digit.coord, [(start * digit.div, n * digit.div) for start, n in read])
+
+
+def _first(pieces: Sequence[Piece], count: Size) -> list[tuple[Size, Size]]:
+    """(start, size) of what the first rows of the joined axis read of each piece."""
+    if sum(size for _, size, _, _ in pieces) == count:
+        return [(start, size) for start, size, _, _ in pieces]
+    if not all(isinstance(n, int) for n in (count, *(n for p in pieces for n in p[:2]))):
+        raise Opaque
+    return [(start, min(size, count - start)) for start, size, _, _ in pieces if start < count]
 
 
 def _inside(i: Index, start: Size, size: Size, step: int) -> Index | None:

@@ -304,6 +304,74 @@ def test_rows_of_two_pieces_are_a_new_tensor(name, fn):
     assert not check(lambda x: fn(x).clone(), x, x, symbolic=False)
 
 
+def _lanes(x: Tensor, *, step: int) -> Tensor:
+    """Every so many lanes assigned, each of them another number."""
+    out = x.new_zeros((len(x), 12))
+    for j in range(step):
+        out[:, j::step] = x[:, j : 12 : step] * 1
+    return out
+
+
+# Lanes made of pieces, of which only the first are read.
+FIRST: dict[str, Step] = {
+    "of two pieces": lambda x: torch.cat((x[:, :4], x[:, 8:]), dim=-1)[:, :7],
+    "of two of three": lambda x: torch.cat((x[:, :4], x[:, 8:], x), dim=-1)[:, :7],
+    "all": lambda x: torch.cat((x[:, 4:], x[:, :4]), dim=-1),
+    "of an assignment": lambda x: _lanes(x, step=2)[:, :6],
+    "of a stack": lambda x: torch.stack((x, x + 100, x + 200), dim=-1)[..., :2].flatten(1),
+    "of three assignments": lambda x: _lanes(x, step=3)[:, :6],
+    "of the last, one": lambda x: _lanes(x, step=3)[:, :7],
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_lanes_of_a_join(name):
+    """Lane by lane, what the term names is what the graph computes, and nothing else."""
+    x = torch.arange(48).view(4, 12)
+    gm = make_fx(dispatch_functionalize(FIRST[name]), select_decomp_table())(x)
+    runner = Values(gm)
+    runner.run(x)
+    output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", runner.values[node])
+    found = runner.values[output]
+    term = Lowering().term(output)
+    for c in [(row, lane) for row in range(4) for lane in range(found.shape[1])]:
+        assert _element(term, c, runner.values) == found[c]
+    assert _length(term, found.shape[1]) == found.shape[1]
+
+
+def _element(t: Term, c: tuple[int, ...], values: dict[fx.Node, Tensor]) -> Tensor:
+    if t.op == "load":
+        node, m = t.args
+        return values[node][tuple(i.offset + sum(
+            s * (c[d.coord] // d.div % d.size) for s, d in i.terms) for i in m)]  # fmt: skip
+    if t.op == "add":
+        a, b = sorted(t.args, key=lambda a: a.op == "const")
+        return _element(a, c, values) + b.args[0]
+    along, size, *pieces = t.args
+    at = c[along]
+    if t.op == "lace":
+        assert at // len(pieces) < size
+        return _element(pieces[at % len(pieces)], _put(c, along, at // len(pieces)), values)
+    for n, piece in zip(size, pieces, strict=True):
+        if at < n:
+            return _element(piece, _put(c, along, at), values)
+        at -= n
+    raise AssertionError("no piece")
+
+
+def _put(c: tuple[int, ...], along: int, at: int) -> tuple[int, ...]:
+    return (*c[:along], at, *c[along + 1 :])
+
+
+def _length(t: Term, default: int) -> int:
+    """How many lanes a term of pieces has."""
+    if t.op == "lace":
+        return t.args[1] * (len(t.args) - 2)
+    return sum(t.args[1]) if t.op == "cat" else default
+
+
 @pytest.mark.parametrize("start, step, size", [(0, 1, 5), (-7, 1, 8), (3, 4, 6)])
 def test_an_iota_is_a_number_of_its_coordinate(start, step, size):
     fn = lambda x: torch.arange(start, start + step * size, step)[1:].view(-1, 1)  # noqa: E731

@@ -32,6 +32,11 @@ FOUND: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"dtype": "bf16", "wide": "yes", "scores": "softmax written out", "weights": "bounded",
          "find": "index", "seam in front": "contiguous", "x lies": "every second row"},
     ),
+    "halves, of which the first holds some of the turned lanes": (
+        "norm_rope_cache: kv written",
+        {"lanes": "(96, 64)", "norm or none": "none", "rope": "rounded tables",
+         "seam behind": "halves"},
+    ),
 }  # fmt: skip
 # The same, where somebody else reads the inputs and results.
 FOUND_BETWEEN: Mapping[str, tuple[str, Mapping[str, str]]] = {
