@@ -19,10 +19,7 @@ GROUP = 32
 CLAMP_MISSES = {
     "where_or_equal": "where with ≥ answers the bound's zero for the other zero, a clamp does not"
 }
-NARROW_MISSES = dict.fromkeys(
-    ("clamp_max", "min_first", "full_like", "full", "where", "where_both"),
-    "a bound that bf16 holds moves behind the widening, the reference's placeholder does not",
-)
+
 
 def _packed(*lead: int, dtype: torch.dtype = BF16) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (Draw()(*lead, 2 * WIDTH, dtype=dtype),)
@@ -90,7 +87,6 @@ for _name, _clamp in CLAMP.items():
     _parts = {"parts": ("wiglu",)} if _name == "none" else {}
     if _name not in CLAMP_MISSES:
         SPELLINGS[f"clamp: {_name}"] = _case(_with(clamp=_clamp), **_parts)
-    if _name not in NARROW_MISSES | CLAMP_MISSES:
         SPELLINGS[f"clamp: {_name}, narrow"] = _case(_with(clamp=_clamp, wide=False), **_parts)
 for _name, _pack in PACKED.items():
     SPELLINGS[f"packed: {_name}"] = _case(_with(pack=_pack))
@@ -251,9 +247,8 @@ KNOWN_MISSES: dict[str, Case] = {
 for _name, (_pieces, _why) in _quants.MISSES.items():
     _found = SPELLINGS if _name == "reciprocal" else KNOWN_MISSES
     _found[f"quant: {_name}"] = _case(_quant(**_pieces), parts=("fp8 quant",), why=_why)
-for _name, _why in (CLAMP_MISSES | NARROW_MISSES).items():
+for _name, _why in CLAMP_MISSES.items():
     KNOWN_MISSES[f"clamp: {_name}, narrow"] = _case(
         _with(clamp=CLAMP[_name], wide=False), why=_why
     )
-for _name, _why in CLAMP_MISSES.items():
     KNOWN_MISSES[f"clamp: {_name}"] = _case(_with(clamp=CLAMP[_name]), why=_why)

@@ -130,6 +130,9 @@ SPELLINGS: dict[str, Case] = {
     "q scaled": _case(lambda q, k, w: total(dots(q.float() * SCALE, k).relu(), w)),
     "clamp": _case(lambda q, k, w: total(dots(q, k).clamp(min=0), w)),
     "clamp_min": _case(lambda q, k, w: total(dots(q, k).clamp_min(0.0), w)),
+    "clamp, in bf16": _case(
+        lambda q, k, w: total((q @ k.mT.unsqueeze(1)).clamp(min=0), w), inputs(weight=BF16)
+    ),
     "maximum": _case(
         lambda q, k, w: total(torch.maximum(dots(q, k), torch.zeros(())), w)
     ),
