@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from dsv4fuse.kernels import _common as common
+from dsv4fuse.patterns import norm_rope_cache
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -206,6 +207,21 @@ def test_a_wrong_program_is_counted():
     _draws._add(tally, _check.check(_check.stated(site, {"norm_quant": 1})), 0)
     assert tally.counts["wrong"] == tally.counts["crash"] == 1
     assert tally.counts["missed norm_quant"] == 1 and tally.counts["programs"] == 3
+
+
+def test_a_lost_cache_write_is_missed(monkeypatch):
+    """A site that is fused up to its write, and no further, is not what was stated."""
+    site = _programs.families()["norm_rope_cache: kv written"](Hand(_first))
+    other = _programs.families()["norm_rope_cache: q or kv"](Hand(_first))
+    both = _programs.joined([site, site, other])
+    outcome = _check.check(both)
+    _whole(outcome)
+    assert outcome.taken == both.counts == {"norm_rope_cache": 3}
+    monkeypatch.setattr(norm_rope_cache, "with_write", lambda *_: None)
+    outcome = _check.check(both)
+    assert outcome.taken == {"norm_rope_cache": 1} and not outcome.wrong
+    ((fusion, said),) = outcome.missed
+    assert fusion == "norm_rope_cache" and said.startswith("1 of 3") and "rope" in said
 
 
 def test_runs_are_kept_once(tmp_path):

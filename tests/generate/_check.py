@@ -82,7 +82,7 @@ def check(site: Site, way: Any = fused) -> Outcome:
         return outcome
     try:
         report, found = way(site.fn, found_args)
-        outcome.taken = Counter(report.counts())
+        outcome.taken = whole(site, report)
         ends = (wanted, wanted_args), (found, found_args)
         outcome.wrong = unequal(*ends, exact=False) and further_off(site, *ends)
         outcome.inexact = unequal(*ends, exact=True) if site.exact else ""
@@ -176,15 +176,30 @@ def _eager(site: Site, args: Sequence[Any]) -> list[Tensor]:
         return tensors((site.fn(*given), given))
 
 
+def whole(site: Site, report: Report) -> Counter[str]:
+    """How many sites of each fusion were taken with all that is stated of them."""
+    taken, lacking = Counter(report.counts()), Counter[str]()
+    for (fusion, words), wanted in site.parts.items():
+        sites = (s for s in report.with_status("taken") if s.fusion == fusion)
+        found = sum(words in s.reason.lower() for s in sites)
+        lacking[fusion] = max(lacking[fusion], wanted - found)
+    return Counter({f: n - min(n, lacking[f]) for f, n in taken.items()})
+
+
 def _missed(site: Site, report: Report) -> list[tuple[str, str]]:
     """(fusion, reason) of what was stated and not taken, or taken and not stated."""
     missed = []
-    taken = report.counts()
+    taken = whole(site, report)
     for fusion in sorted({*site.counts, *taken}):
-        wanted, found = site.counts.get(fusion, 0), taken.get(fusion, 0)
+        wanted, found = site.counts.get(fusion, 0), taken[fusion]
         if wanted == found:
             continue
-        reasons = {f"{s.status}: {s.reason}" for s in report.sites if s.status != "taken"}
+        left = report.counts().get(fusion, 0) != found  # a part of a site
+        reasons = {
+            f"{s.status}: {s.reason}"
+            for s in report.sites
+            if s.status != "taken" or left and s.fusion == fusion
+        }
         said = " | ".join(sorted(reasons)) or "nothing near"
         missed.append((fusion, f"{found} of {wanted}; {said}"))
     return missed

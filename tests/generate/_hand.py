@@ -26,9 +26,9 @@ EPS = (0.0123, 1e-6, 1e-5, 0.25)  # no bf16 number, two usual ones, and one that
 class Site:
     """A plain function, inputs for it, and what the pass must make of it.
 
-    ``counts``: the sites of each fusion that must be taken. ``exact``: the result has eager's bits;
-    otherwise an ``ulp`` rule or a sum in another order is part of the match. ``words``: the pieces
-    that were drawn.
+    ``counts``: the sites of each fusion that must be taken. ``parts``: of those, how many must say
+    that they do this as well. ``exact``: the result has eager's bits; otherwise an ``ulp`` rule or
+    a sum in another order is part of the match. ``words``: the pieces that were drawn.
     """
 
     family: str
@@ -37,6 +37,7 @@ class Site:
     inputs: tuple[Any, ...]
     counts: Mapping[str, int]
     exact: bool = True
+    parts: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (fusion, words)
 
     def __repr__(self) -> str:
         return f"{self.family}({', '.join(f'{k}: {v}' for k, v in self.words.items())})"
@@ -98,9 +99,10 @@ class Hand:
 
     def site(
         self, family: str, fn: Fn, inputs: tuple[Any, ...], counts: Mapping[str, int],
-        exact: bool = True,
+        exact: bool = True, *, parts: Sequence[str] = (),
     ) -> Site:  # fmt: skip
-        return Site(family, self.words, fn, inputs, counts, exact and not self.loose)
+        said = {(family, words): 1 for words in parts}
+        return Site(family, self.words, fn, inputs, counts, exact and not self.loose, said)
 
 
 # ---- strides of inputs ---------------------------------------------------------------------------

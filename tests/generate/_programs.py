@@ -111,11 +111,12 @@ def joined(sites: Sequence[Site], between: bool = False, layers: bool = False) -
         return out
 
     times = [2 if layers and not _writes(s) else 1 for s in sites]
-    counts = Counter[str]()
+    counts, parts = Counter[str](), Counter[tuple[str, str]]()
     for s, n in zip(sites, times, strict=True):
         counts.update({fusion: n * count for fusion, count in s.counts.items()})
+        parts.update({said: n * count for said, count in s.parts.items()})
     inputs = tuple(a for s in sites for a in s.inputs)
-    return Site("program", words, fn, inputs, counts, all(s.exact for s in sites))
+    return Site("program", words, fn, inputs, counts, all(s.exact for s in sites), parts)
 
 
 def _writes(site: Site) -> bool:

@@ -46,7 +46,8 @@ def windows(hand: Hand) -> Site:
             return y
         rest[0][: p.BATCH, :count] = y
 
-    return hand.site(NAME, fn, (kv, gate, bias, w, *cache, *tables(p.BATCH, count)), ONE)
+    given = (kv, gate, bias, w, *cache, *tables(p.BATCH, count))
+    return hand.site(NAME, fn, given, ONE, parts=("cache write",) if write else ())
 
 
 def rings(hand: Hand) -> Site:
@@ -60,7 +61,7 @@ def rings(hand: Hand) -> Site:
     series = 2 if overlap else 1
     fn = p.ring(overlap, mask=mask, result=result, **way)
     given = c.ring_inputs(series, series * p.RATIO + hand.number("more", (2, 0, 5)))(hand.random)
-    return hand.site(NAME, fn, given, ONE)
+    return hand.site(NAME, fn, given, ONE, parts=("cache write",))
 
 
 FAMILIES = {"windows": windows, "rings": rings}

@@ -18,6 +18,7 @@ from ._hand import Fn, Hand, Site
 
 NAME = "norm_rope_cache"
 ONE = {NAME: 1}
+WRITTEN = ("cache write",)  # what the report says of a site that writes its rows
 SIZES = ((48, 16), (32, 8), (96, 64), (80, 8), (64, 32))  # lanes, and how many of them turn
 
 
@@ -108,7 +109,8 @@ def written(hand: Hand) -> Site:
     norm, w = _normed(hand, dtype, dim)
     rope, tables = _atoms.rope(hand, dtype, lanes // 2)
     first, between, last = (hand.seam(n) for n in ("in front", "between", "behind"))
-    change = _fake(hand, lanes) if hand.flag("fake quant") else (lambda y: y)
+    fake = hand.flag("fake quant")
+    change = _fake(hand, lanes) if fake else (lambda y: y)
 
     around = hand.pick("around", AROUND, mutants=AROUND_EDITS, of="nothing")
 
@@ -124,7 +126,8 @@ def written(hand: Hand) -> Site:
     x = hand.tensor("x", *write.rows, dim, dtype=dtype)
     cache = hand.random(*write.cache, dim, dtype=dtype)
     where = write.where(hand.random, write.rows, write.cache)
-    return hand.site(NAME, fn, (x, w, cache, *given, *where), ONE)
+    parts = (*WRITTEN, *["fake quant"] * fake)
+    return hand.site(NAME, fn, (x, w, cache, *given, *where), ONE, parts=parts)
 
 
 def _fake(hand: Hand, lanes: int) -> Fn:
@@ -170,7 +173,8 @@ def both(hand: Hand) -> Site:
     q, kv = hand.tensor("q", b, s, h, dim, dtype=dtype), hand.tensor("kv", b, s, dim, dtype=dtype)
     cache = hand.random(b, s + 3, dim, dtype=dtype)
     at = write.where(hand.random, (b, s), (b, s + 3))
-    return hand.site(NAME, fn, (q, kv, q_w, kv_w, cache, *at, *tables(b, s)), ONE)
+    given = (q, kv, q_w, kv_w, cache, *at, *tables(b, s))
+    return hand.site(NAME, fn, given, ONE, parts=("q:", "kv:", *WRITTEN))
 
 
 PART_EDITS = {n: (f, _partial_sums.ROWS, BF16) for n, f in _partial_sums.MUTANTS.items()}
@@ -218,7 +222,8 @@ def packed(hand: Hand) -> Site:
 
     _, _, *_, cache, at = _packed.inputs(hand.random)
     x = hand.tensor("x", len(at), DIM, dtype=BF16)
-    return hand.site(NAME, fn, (x, w, cache, at, *tables(len(at))), ONE)
+    given = (x, w, cache, at, *tables(len(at)))
+    return hand.site(NAME, fn, given, ONE, parts=("fp8 rows", *WRITTEN))
 
 
 FAMILIES = {
