@@ -50,13 +50,15 @@ def activation(hand: Hand) -> Site:
     )
     first, last = hand.seam("in front"), hand.seam("behind")
     weigh, weights = _weight(hand, dtype, wide, lead)
-    codes = _codes(hand) if hand.flag("quant") else (lambda y: y)
+    quant = hand.flag("quant")
+    codes = _codes(hand) if quant else (lambda y: y)
+    parts = [*["routing weight"] * bool(weights), *["fp8 quant"] * quant]
 
     def fn(x: Tensor, *w: Tensor):
         return codes(last(weigh(pieces, first(x), *w)))
 
     x = hand.tensor("x", *lead, 2 * width, dtype=dtype)
-    return hand.site(NAME, fn, (x, *weights), ONE)
+    return hand.site(NAME, fn, (x, *weights), ONE, parts=parts)
 
 
 def _exact_silus() -> dict[str, Fn]:

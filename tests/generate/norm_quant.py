@@ -49,7 +49,7 @@ def latents(hand: Hand) -> Site:
         return codes, kv_norm(kv, kv_w) if behind else early
 
     x = hand.tensor("x", *lead, dim + kv_dim, dtype=dtype)
-    return hand.site(NAME, fn, (x, w, kv_w), ONE)
+    return hand.site(NAME, fn, (x, w, kv_w), ONE, parts=("second norm",))
 
 
 FAMILIES = {"latent": latent, "two latents": latents}
