@@ -21,6 +21,9 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+FP4_MAX = 6.0
+# The forms of e2m1(): whose zeros have a sign, and what NaN becomes if not NaN.
+E2M1 = tuple(f"{zero}{nan}" for nan in ("", " 0", " 6") for zero in ("kept", "turned", "plain"))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float, rounding: str) -> Tensor:
@@ -96,27 +99,52 @@ def clamp_swiglu(
     return y.to(gate.dtype) if rounding == "once" else y
 
 
-def block_scale(amax: Tensor, *, scale: str, via: str) -> Tensor:
-    """The fp32 scale of a block: ``amax / 448``, for "pow2" rounded up to a power of two.
+def block_scale(amax: Tensor, *, scale: str, via: str, top: float = FP8_MAX) -> Tensor:
+    """The fp32 scale of a block: ``amax / top``, for "pow2" rounded up to a power of two.
 
-    ``via="div"`` divides by 448, ``via="mul"`` multiplies by ``1 / 448`` (one ulp apart).
+    ``via="div"`` divides by top, ``via="mul"`` multiplies by ``1 / top`` (one ulp apart).
     """
-    raw = amax / FP8_MAX if via == "div" else amax * (1.0 / FP8_MAX)
+    raw = amax / top if via == "div" else amax * (1.0 / top)
     return torch.exp2(torch.ceil(torch.log2(raw))) if scale == "pow2" else raw
 
 
 def amax_scale(
-    blocks: Tensor, *, floor: float | None, scale: str, via: str = "div"
+    blocks: Tensor, *, floor: float | None, scale: str, via: str = "div", top: float = FP8_MAX
 ) -> Tensor:
     """The scale of each block: blocks ``[..., group]`` to fp32 ``[..., 1]``."""
     amax = blocks.float().abs().amax(-1, keepdim=True)
-    return block_scale(amax if floor is None else amax.clamp_min(floor), scale=scale, via=via)
+    amax = amax if floor is None else amax.clamp_min(floor)
+    return block_scale(amax, scale=scale, via=via, top=top)
+
+
+def quotient(blocks: Tensor, s: Tensor, *, by: str) -> Tensor:
+    """Blocks over their scales in fp32: ``x / s``, or ``x * (1 / s)`` for ``by="mul"``."""
+    return blocks.float() / s if by == "div" else blocks.float() * s.reciprocal()
 
 
 def encode(blocks: Tensor, s: Tensor, *, by: str = "div", saturate: bool = True) -> Tensor:
-    """Blocks over their scales as fp8 e4m3: ``x / s``, or ``x * (1 / s)`` for ``by="mul"``."""
-    y = blocks.float() / s if by == "div" else blocks.float() * s.reciprocal()
+    """Blocks over their scales as fp8 e4m3."""
+    y = quotient(blocks, s, by=by)
     return (y.clamp(-FP8_MAX, FP8_MAX) if saturate else y).to(FP8)
+
+
+def e2m1(v: Tensor, *, form: str) -> Tensor:
+    """The nearest of 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives, ties to even; fp32 in and out.
+
+    Beyond 6 it is 6. ``form`` says what spellings differ in: of a v that becomes zero, "kept"
+    keeps the sign, "turned" only where v < 0, "plain" never. NaN stays NaN, or is 0 or 6 with
+    that number behind: then an infinite element, or a block of zeros without a floor, is no NaN.
+    """
+    a = v.abs().clamp(max=FP4_MAX)
+    step = torch.where(a < 2.0, 0.5, torch.where(a < 4.0, 1.0, 2.0))
+    q = torch.round(a / step) * step
+    zeros, _, nan = form.partition(" ")
+    if nan:
+        q = torch.where(v.isnan(), float(nan), q)
+    if zeros == "kept":
+        return torch.copysign(q, v)
+    q = torch.where(v < 0.0, -q, q)
+    return q if zeros == "turned" else q + 0.0
 
 
 def group_quant(
@@ -148,12 +176,20 @@ def fake_quant(
     via: str = "div",
     by: str = "div",
     saturate: bool = True,
+    fp4: str = "",
 ) -> Tensor:
-    """x through fp8 e4m3 and back, in groups along the last axis; keeps x's dtype."""
+    """x through fp8 e4m3 and back, in groups along the last axis; keeps x's dtype.
+
+    With ``fp4``, a form of ``e2m1``, through fp4 e2m1, which always saturates.
+    """
     blocks = x.unflatten(-1, (-1, group))
-    s = amax_scale(blocks, floor=floor, scale=scale, via=via)
-    wide = encode(blocks, s, by=by, saturate=saturate).float() * s
-    return wide.flatten(-2).to(x.dtype)
+    top = FP4_MAX if fp4 else FP8_MAX
+    s = amax_scale(blocks, floor=floor, scale=scale, via=via, top=top)
+    if fp4:
+        codes = e2m1(quotient(blocks, s, by=by), form=fp4)
+    else:
+        codes = encode(blocks, s, by=by, saturate=saturate)
+    return (codes.float() * s).flatten(-2).to(x.dtype)
 
 
 def fake_quant_lead(x: Tensor, *, tail: int, **quant: object) -> Tensor:

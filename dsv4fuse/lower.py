@@ -20,43 +20,33 @@ from dsv4fuse.terms import Complex, Interner, Term, straight
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-# One name per elementwise operation; the operands are positional.
+COMPARE = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
+UNARY = (
+    "neg abs exp exp2 log log1p log2 ceil floor round trunc sqrt rsqrt reciprocal sigmoid cos sin "
+    "sign bitwise_not logical_not"
+)
+# One name per elementwise operation, torch's own; the operands are positional.
 ELEMENTWISE: dict[Any, str] = {
     getattr(getattr(aten, packet), overload): name
     for name, spellings in {
+        **{name: f"{name}.default" for name in UNARY.split()},
+        **{name: f"{name}.Scalar {name}.Tensor" for name in sorted(COMPARE)},
         "add": "add.Tensor add.Scalar",
         "sub": "sub.Tensor sub.Scalar",
         "mul": "mul.Tensor mul.Scalar",
         "div": "div.Tensor div.Scalar",
-        "neg": "neg.default",
-        "abs": "abs.default",
-        "exp": "exp.default",
-        "exp2": "exp2.default",
-        "log": "log.default",
-        "log1p": "log1p.default",
-        "log2": "log2.default",
-        "ceil": "ceil.default",
-        "floor": "floor.default",
-        "sqrt": "sqrt.default",
-        "rsqrt": "rsqrt.default",
-        "reciprocal": "reciprocal.default",
-        "sigmoid": "sigmoid.default",
-        "cos": "cos.default",
-        "sin": "sin.default",
         "maximum": "maximum.default clamp_min.default clamp_min.Tensor",
         "minimum": "minimum.default clamp_max.default clamp_max.Tensor",
         "remainder": "remainder.Scalar remainder.Tensor",
+        "copysign": "copysign.Tensor",
+        "bitwise_and": "bitwise_and.Tensor",
+        "bitwise_or": "bitwise_or.Tensor",
+        "logical_and": "logical_and.default",
+        "logical_or": "logical_or.default",
         "where": "where.self",
-        "eq": "eq.Scalar eq.Tensor",
-        "ne": "ne.Scalar ne.Tensor",
-        "gt": "gt.Scalar gt.Tensor",
-        "ge": "ge.Scalar ge.Tensor",
-        "lt": "lt.Scalar lt.Tensor",
-        "le": "le.Scalar le.Tensor",
     }.items()
     for packet, overload in (s.split(".") for s in spellings.split())
 }
-COMPARE = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
 FOLDS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax"}
 
 

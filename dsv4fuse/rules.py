@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4fuse import e2m1
 from dsv4fuse.terms import Term
 
 Make = Callable[..., Term]
@@ -247,4 +248,5 @@ RULES: tuple[Rule, ...] = (
         ("reciprocal",),
         lambda a, d, make: make("div", (make("const", (1.0,), None), a[0]), d),
     ),  # 1/x is a division
+    Rule("e2m1", "exact", ("mul",), e2m1.rounding),  # run on every value
 )

@@ -96,6 +96,7 @@ class Quantiser:
     dtype: torch.dtype  # of the value quantised
     scale: str
     saturate: bool
+    fp4: str = ""  # a form of atoms.e2m1
 
     def spellings(self) -> Iterator[tuple[tuple[str, ...], Arguments]]:
         """(captured scalars, fixed arguments) of ``atoms.amax_scale``."""
@@ -105,10 +106,11 @@ class Quantiser:
             yield (), (*fixed, ("floor", None))
 
     def encoded(self) -> Iterator[tuple[tuple[str, ...], Arguments]]:
-        """The same of ``atoms.group_quant``."""
+        """The same of ``atoms.group_quant``, or of ``atoms.fake_quant`` to fp4."""
+        kind = ("fp4", self.fp4) if self.fp4 else ("saturate", self.saturate)
         for names, fixed in self.spellings():
             for by in ("div", "mul"):
-                yield names, (*fixed, ("by", by), ("saturate", self.saturate))
+                yield names, (*fixed, ("by", by), kind)
 
 
 def quantiser(term: Term) -> Quantiser | None:
@@ -121,7 +123,11 @@ def quantiser(term: Term) -> Quantiser | None:
     coded = next((t for t in inner if t.op == "cast" and t.dtype == atoms.FP8), None)
     saturate = coded is not None and coded.args[0].op == "minimum"
     scale = "pow2" if any(t.op == "exp2" for t in inner) else "fp32"
-    return Quantiser(group, maximum.dtype, scale, saturate) if isinstance(group, int) else None
+    form = next((int(t.args[1].args[0]) for t in inner if t.op == "e2m1"), None)
+    fp4 = "" if form is None else atoms.E2M1[form]
+    if not isinstance(group, int):
+        return None
+    return Quantiser(group, maximum.dtype, scale, saturate, fp4)
 
 
 def walk(term: Term, depth: float = math.inf) -> Iterator[Term]:
@@ -172,7 +178,7 @@ def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
         return
     (lead, tail), first = root.args[1], root.args[2]
     found = quantiser(first)
-    if found is None or lead % found.group:
+    if found is None or lead % found.group or found.fp4:
         return
     hole = (Hole("x", (ROWS, width)), node.meta["val"].dtype)
     for names, fixed in found.encoded():

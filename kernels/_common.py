@@ -141,16 +141,16 @@ def abs_max(x, axis: tl.constexpr):
 
 
 @triton.jit
-def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.constexpr):
-    """``max(amax, floor) / 448``, rounded up to a power of two by ceil(log2) if POW2.
-
+def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.constexpr,
+                TOP: tl.constexpr = 448.0):  # fmt: skip
+    """``max(amax, floor) / TOP``, rounded up to a power of two by ceil(log2) if POW2.
     On CUDA eager divides by a Python scalar through its fp32 reciprocal, so both vias agree.
     """
     amax = max_nan(amax, FLOOR)
     if INTERPRET:
-        raw = amax * (1.0 / 448.0) if VIA_MUL else amax / 448.0
+        raw = amax * (1.0 / TOP) if VIA_MUL else amax / TOP
     else:
-        raw = amax * (1.0 / 448.0)
+        raw = amax * (1.0 / TOP)
     if POW2:
         # not a bit trick: within an ulp above 2^k log2f rounds to k, and eager keeps 2^k
         if INTERPRET:

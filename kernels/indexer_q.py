@@ -1,9 +1,10 @@
-"""The lightning indexer's queries: rope [→ rotation by a matrix] [→ fp8 quant or fake quant].
+"""The lightning indexer's queries: rope [→ matrix rotation] [→ fp8 quant, fp8 or fp4 fake quant].
 
 Math     ``y = rope(x, cos, sin)`` on the trailing R elements of each head; with a matrix (a
          Hadamard matrix in DeepSeek's indexer, but nothing here depends on what it holds)
          ``y = (y @ matrix) * factor``; then per block of ``group`` elements
-         ``s = max(amax|y|, floor) / 448``, for "pow2" rounded up, ``codes = e4m3(y / s)``.
+         ``s = max(amax|y|, floor) / 448``, for "pow2" rounded up, ``codes = e4m3(y / s)``; with fp4
+         (of indexer_q, scale "pow2") the same with 6 and e2m1.
 Shapes   x ``[B,S,H,D]``, cos and sin ``[B,S,R/2]``, matrix ``[D,D]``. indexer_q returns y, or
          ``codes * s`` for a group, ``[B,S,H,D]``; indexer_q_quant codes ``[B,S,H,D]`` and scales
          ``[B,S,H,D/group]``. D is a power of two from 16 to 256, ``D % group == 0``.
@@ -14,7 +15,10 @@ Rounding rope_rounding as ``atoms.rope``; y is rounded to x.dtype behind the rop
          product with a matrix of x.dtype and again behind the factor, for an fp32 matrix only
          behind the factor; codes * s is rounded at the end. ``precise`` rounds there only.
          The order of the product's sums differs from eager's. ``via`` as ``atoms.block_scale``.
-Source   DeepSeek-V3.2's lightning indexer (rotate_activation, act_quant).
+         e2m1 rounds to nearest, ties to even; fp4 names a form of ``atoms.e2m1``, which says what
+         becomes of zeros' signs and of infinity; "" is fp8.
+Errors   ValueError for other sizes and dtypes, an unknown form, fp4 with another scale or no group.
+Source   DeepSeek-V3.2's lightning indexer (rotate_activation, act_quant); V4's fp4_act_quant.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from ._common import (
     divide,
     round_to,
 )
+from ._fp4 import fake_fp4, fp4_form
 from ._launch import wrap_triton
 from ._rows import load_rotated
 from .indexer_logits import WIDE_DOT
@@ -84,7 +89,7 @@ def indexer_q_kernel(
     D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     FLAT: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, MATRIX: tl.constexpr,
     FACTOR: tl.constexpr, GROUP: tl.constexpr, FAKE: tl.constexpr, FLOOR: tl.constexpr,
-    POW2: tl.constexpr, VIA_MUL: tl.constexpr, PRECISION: tl.constexpr,
+    POW2: tl.constexpr, VIA_MUL: tl.constexpr, FP4: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS heads, of one token or of several."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -103,7 +108,9 @@ def indexer_q_kernel(
         y = _multiplied(y, m_ptr, m_si, m_so, D, FACTOR, PRECISE, PRECISION, XD)
     row = row.to(tl.int64)
     at = row[:, None] * D + tl.arange(0, D)[None, :]
-    if GROUP > 0:
+    if FP4 > 0:
+        y = fake_fp4(y, D, ROWS, GROUP, FLOOR, VIA_MUL, FP4)
+    elif GROUP > 0:
         blocks = tl.reshape(y, (ROWS, D // GROUP, GROUP))
         scale = block_scale(abs_max(blocks, 2), FLOOR, POW2, VIA_MUL)
         wide = scale[:, :, None]
@@ -119,7 +126,10 @@ def indexer_q_kernel(
         tl.store(out_ptr + at, y.to(XD), mask=live[:, None])
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, group: int) -> None:
+def _check(
+    x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, group: int, scale: str = "",
+    fp4: str = "",
+) -> None:  # fmt: skip
     """Raises ValueError with a sentence for what the kernel does not take."""
     d = x.shape[-1]
     common.require(x.dim() == 4, "x is [B, S, H, D]")
@@ -134,14 +144,14 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, group: in
         common.require(matrix.shape == (d, d), f"the matrix must be {d} by {d}")
         common.require(matrix.dtype in (x.dtype, torch.float32), "the matrix is neither x's dtype "
                        "nor fp32")  # fmt: skip
-    if group:
+    if fp4_form(fp4, group, scale) == 0 and group:
         common.require_fp8(x.device)
 
 
 def _launch(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, out: Tensor,
     scales: Tensor | None, *, factor: float, group: int, floor: float, scale: str, via: str,
-    rope_rounding: str, precise: bool,
+    rope_rounding: str, precise: bool, fp4: str = "",
 ) -> None:  # fmt: skip
     batch, length, heads, d = x.shape
     common.require_static(heads=heads, head_dim=d, rope_dim=cos.shape[-1])
@@ -155,7 +165,8 @@ def _launch(
         FLAT=common.flat_mode(batch, length),
         EVERY=rope_rounding == "every" and not precise and cos.dtype == x.dtype, PRECISE=precise,
         MATRIX=matrix is not None, FACTOR=factor, GROUP=group, FAKE=group > 0 and scales is None,
-        FLOOR=floor, POW2=scale == "pow2", VIA_MUL=via == "mul", PRECISION=WIDE_DOT,
+        FLOOR=floor, POW2=scale == "pow2", VIA_MUL=via == "mul",
+        FP4=fp4_form(fp4, group, scale), PRECISION=WIDE_DOT,
         num_warps=config.warps,
     )  # fmt: skip
 
@@ -179,24 +190,24 @@ def _turned(
 def indexer_q(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None = None, *, factor: float = 1.0,
     group: int = 0, floor: float = 1e-4, scale: str = "pow2", via: str = "div",
-    rope_rounding: str, precise: bool = False,
+    rope_rounding: str, precise: bool = False, fp4: str = "",
 ) -> Tensor:  # fmt: skip
-    """y, or y through fp8 and back, ``[B,S,H,D]``: see the module's docstring."""
-    _check(x, cos, sin, matrix, group)
+    """y, or y through fp8 or fp4 and back, ``[B,S,H,D]``: see the module's docstring."""
+    _check(x, cos, sin, matrix, group, scale, fp4)
     if common.use_reference(x):
         y = _turned(x, cos, sin, matrix, factor, rope_rounding, precise)
         if group:
-            y = atoms.fake_quant(y, group=group, floor=floor, scale=scale, via=via)
+            y = atoms.fake_quant(y, group=group, floor=floor, scale=scale, via=via, fp4=fp4)
         return y.to(x.dtype).contiguous()
     out = x.new_empty(x.shape)
     _launch(x, cos, sin, matrix, out, None, factor=factor, group=group, floor=floor, scale=scale,
-            via=via, rope_rounding=rope_rounding, precise=precise)
+            via=via, rope_rounding=rope_rounding, precise=precise, fp4=fp4)
     return out
 
 
 @indexer_q.register_fake
-def _(x, cos, sin, matrix=None, *, group=0, **_):
-    _check(x, cos, sin, matrix, group)
+def _(x, cos, sin, matrix=None, *, group=0, scale="pow2", fp4="", **_):
+    _check(x, cos, sin, matrix, group, scale, fp4)
     return x.new_empty(x.shape)
 
 

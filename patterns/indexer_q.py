@@ -1,9 +1,10 @@
-"""The lightning indexer's queries: rope [→ rotation by a matrix] [→ fp8 quant or fake quant].
+"""The lightning indexer's queries: rope [→ matrix rotation] [→ fp8 quant, fp8 or fp4 fake quant].
 
 Scope: q ``[.., H, D]`` turned on the trailing interleaved pairs, then at least one step more: a
 product with a square matrix that the graph holds (DeepSeek's Hadamard rotation, as ``q @ m`` or a
-linear layer, scaled or not), codes and scales in groups, or q through fp8 and back. Rope alone is
-``norm_rope_cache``. Head weights that take q's scale stay outside: they are one product a head.
+linear layer, scaled or not), codes and scales in groups, or q through fp8 or fp4 and back. Rope
+alone is ``norm_rope_cache``. Head weights that take q's scale stay outside: they are one product a
+head.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _candidate(
 
     outputs = quant.outputs if quant else ((fake.node if fake else turn.node),)  # type: ignore
     kinds = ["rope", "matrix" * (turn is not None), "fp8 quant" * (quant is not None)]
-    kinds += ["fake quant" * (quant is None and fake is not None)]
+    if quant is None and fake is not None:
+        kinds += ["fp4 fake quant" if how.get("fp4") else "fake quant"]
     loose = hit.env.loose | (step.env.loose if step else frozenset())
     return Candidate(
         NAME,
@@ -172,6 +174,7 @@ def _arguments(hit: Hit, turn: Turn | None, step: Hit | None) -> dict[str, Any]:
     if step is not None:
         how |= {k: step.arguments[k] for k in ("group", "scale", "via")}
         how["floor"] = step.env.scalars.get("floor", 0.0)
+        how |= {k: step.arguments[k] for k in ("fp4",) if k in step.arguments}
     return how
 
 
@@ -203,7 +206,9 @@ def example(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
         if kind == "quant":
             return atoms.group_quant(x, group=128, floor=1e-4, scale="pow2")
         x = torch.matmul(x, m) * 128**-0.5
-        return atoms.fake_quant(x, group=32, floor=1e-4, scale="pow2") if kind == "fake" else x
+        fp4 = "kept" if kind == "fake fp4" else ""
+        quant = dict(group=32, floor=6 * 2.0**-126 if fp4 else 1e-4, scale="pow2", fp4=fp4)
+        return x if kind == "plain" else atoms.fake_quant(x, **quant)  # type: ignore[arg-type]
 
     x = torch.randint(-3, 4, (tokens, min(sizes.heads, 64), 128), device=device).bfloat16()
     cos = torch.ones(tokens, sizes.rope_dim // 2, device=device)
@@ -212,5 +217,6 @@ def example(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
     return Example(fn, (x, cos, torch.zeros_like(cos), m), x.nbytes + written + 2 * cos.nbytes)
 
 
-EXAMPLES = {kind: partial(example, kind=kind) for kind in ("plain", "fake", "quant")}
+KINDS = ("plain", "fake", "fake fp4", "quant")
+EXAMPLES = {kind: partial(example, kind=kind) for kind in KINDS}
 FUSION = Fusion(NAME, find, (FAKE,), EXAMPLES)

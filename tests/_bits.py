@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4fuse import atoms
 from dsv4fuse.terms import Term
 
 E4M3, BF16, FP16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16
@@ -23,6 +24,10 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal,
     "sigmoid": torch.sigmoid, "where": torch.where, "ceil": torch.ceil, "floor": torch.floor,
     "log1p": torch.log1p, "cos": torch.cos, "sin": torch.sin, "remainder": torch.remainder,
+    "round": torch.round, "trunc": torch.trunc, "sign": torch.sign, "copysign": torch.copysign,
+    "logical_not": torch.logical_not, "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or, "bitwise_and": torch.bitwise_and,
+    "bitwise_or": torch.bitwise_or, "bitwise_not": torch.bitwise_not,
     "eq": torch.eq, "ne": torch.ne, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le,
 }  # fmt: skip
 
@@ -38,6 +43,8 @@ def evaluate(t: Term, env: dict[Term, Tensor]) -> Any:
     args = [evaluate(a, env) for a in t.args]
     if t.op == "cast":
         return args[0].to(t.dtype)
+    if t.op == "e2m1":
+        return atoms.e2m1(args[0], form=atoms.E2M1[int(args[1])])
     if t.op in ("minimum", "maximum"):
         a, b = args if isinstance(args[0], Tensor) else args[::-1]
         if isinstance(b, Tensor):

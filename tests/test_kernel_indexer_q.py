@@ -56,6 +56,42 @@ def test_fake_quant(scale, via, group):
     same(got, atoms.fake_quant(turned(x, cos, sin, None), **kw))
 
 
+def codes_and_ties(dtype: torch.dtype) -> Tensor:
+    """``[1, S, 2, 64]``: in blocks of 32 every value between 2^-4 and 6 steps (fp16: 1240 of them)
+    and zeros, both signs, behind one of 6 steps; a step is a power of two of each block."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[((x.abs() <= 6) & (x.abs() >= 2**-4)) | (x == 0)]
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    x = x[: len(x) // 124 * 124] if dtype == BF16 else x[:1240]
+    blocks = torch.cat((torch.full((len(x) // 31, 1), 6.0, dtype=dtype), x.view(-1, 31)), 1)
+    steps = 2.0 ** (torch.arange(len(blocks)) % 7 - 3)
+    return (blocks * steps[:, None]).to(dtype).view(1, -1, 2, 64).to(DEVICE)
+
+
+@pytest.mark.parametrize("form", atoms.E2M1)
+@pytest.mark.parametrize("dtype, via", [(BF16, "div"), (BF16, "mul"), (FP16, "div")])
+def test_fake_fp4(dtype, via, form):
+    """Every code, tie and zero; NaN, infinity, blocks of zeros, under the floor and without one."""
+    x = codes_and_ties(dtype)
+    cos, sin = torch.ones(1, x.shape[1], 16, device=DEVICE), torch.zeros(1, x.shape[1], 16)
+    sin = sin.to(DEVICE)
+    x[0, 0, 0, 3], x[0, 1, 1, 40], x[0, 2] = float("nan"), float("inf"), 0.0
+    x[0, 3] *= 1e-4
+    for floor in (0.5, 6 * 2.0**-126, 0.0):
+        kw = dict(group=32, floor=floor, scale="pow2", via=via, fp4=form)
+        got = m.indexer_q(x, cos, sin, rope_rounding="once", **kw)
+        same(got, atoms.fake_quant(turned(x, cos, sin, None), **kw))
+
+
+def test_rotation_and_fp4():
+    x = torch.randint(-99, 100, (2, 5, 3, 64), device=DEVICE).to(BF16)
+    cos, sin = torch.ones(2, 5, 16, device=DEVICE), torch.zeros(2, 5, 16, device=DEVICE)
+    kw = dict(group=32, floor=0.5, scale="pow2", fp4="kept")
+    matrix = rotation(64)
+    got = m.indexer_q(x, cos, sin, matrix, factor=0.29, rope_rounding="once", **kw)
+    same(got, atoms.fake_quant(turned(x, cos, sin, matrix, 0.29), **kw))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("wide", [False, True])
 def test_rotation_is_exact_on_integers(dtype, wide):
@@ -118,6 +154,9 @@ def test_any_shape(batch, length, heads, d):
         (dict(d=48), "head_dim 48 is no power of two"),
         (dict(group=48), "groups of 48 do not divide 64"),
         (dict(matrix=torch.ones(64, 32)), "the matrix must be 64 by 64"),
+        (dict(group=32, fp4="even"), "no form 'even' of e2m1"),
+        (dict(group=32, fp4="kept", scale="fp32"), "fp4 has groups, with powers of two"),
+        (dict(fp4="kept"), "fp4 has groups, with powers of two"),
     ],
 )
 def test_what_it_does_not_take(change, sentence):

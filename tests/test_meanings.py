@@ -17,26 +17,28 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv4fuse import joins, lower, views
+from dsv4fuse import compat, joins, lower, tables, views
 from dsv4fuse.lower import Lowering
 from dsv4fuse.terms import COMMUTATIVE, Term, straight
 
 from ._bits import BF16, E4M3, FLOATS, FP16, FP32, FP64, OPS, evaluate, every, same_bits, specials
 
-assert views and joins  # importing them registers meanings
+assert views and joins and tables  # importing them registers meanings
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # ---- one operation ----------------------------------------------------------------------------
 
 NUMBERS = (0.0, -0.0, 1.0, -1.5, 0.3, 448.0)
 UNARY = ("neg", "abs", "exp", "exp2", "log", "log1p", "log2", "ceil", "floor", "sqrt", "rsqrt",
-         "reciprocal", "sigmoid", "cos", "sin")  # fmt: skip
+         "reciprocal", "sigmoid", "cos", "sin", "round", "trunc", "sign", "logical_not",
+         "isnan")  # fmt: skip
 WITH_NUMBER = ("add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "clamp_min.default",
                "clamp_max.default", "remainder.Scalar", "eq.Scalar", "ne.Scalar", "gt.Scalar",
                "ge.Scalar", "lt.Scalar", "le.Scalar")  # fmt: skip
 OF_TWO = ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum.default",
           "minimum.default", "clamp_min.Tensor", "clamp_max.Tensor", "remainder.Tensor",
-          "eq.Tensor", "ne.Tensor", "gt.Tensor", "ge.Tensor", "lt.Tensor", "le.Tensor")  # fmt: skip
+          "eq.Tensor", "ne.Tensor", "gt.Tensor", "ge.Tensor", "lt.Tensor", "le.Tensor",
+          "copysign.Tensor", "logical_and.default", "logical_or.default")  # fmt: skip
 CASTS = (prims.convert_element_type.default, aten.to.dtype)
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, arguments (T: a tensor), keywords
 T = object()
@@ -67,6 +69,8 @@ ELSEWHERE = {  # where what these mean is tested
     "test_pairs below": {"view_as_complex", "view_as_real", "_conj", "_conj_physical",
                          "conj_physical", "mul"},
     "test_choices below": {"where", "index_put"},
+    "test_masks below": {"bitwise_and", "bitwise_or", "bitwise_not"},
+    "test_tables below": {"bucketize", "searchsorted", "index"},
     "test_powers_of_two below": {"pow"},
 }  # fmt: skip
 
@@ -167,6 +171,71 @@ def test_choices():
             x.to(narrow), y,
         )  # fmt: skip
         _alike(found, meant)
+
+
+def test_masks():
+    x = specials(FP32)
+    for op in (aten.bitwise_and.Tensor, aten.bitwise_or.Tensor):
+        found, meant, _ = _sides(
+            lambda node, x, op=op: node(
+                op, node(aten.gt.Scalar, x, 0.25), node(
+                    aten.bitwise_not.default, node(aten.le.Scalar, x, 3.0))
+            ), x,
+        )  # fmt: skip
+        _alike(found, meant)
+
+
+BOUNDS = [-1.0, 0.25, 0.25, 3.0]
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("how", ["bucketize", "searchsorted", "side"])
+@pytest.mark.parametrize("table", [torch.float32, torch.int64])
+def test_tables(how, right, table):
+    """Of a constant: NaN above all bounds, negative indices from the end."""
+
+    def looked_up(x: Tensor) -> Tensor:
+        bounds = torch.tensor(BOUNDS)
+        if how == "bucketize":
+            i = torch.bucketize(x, bounds, right=right)
+        elif how == "side":
+            i = torch.searchsorted(bounds, x, side="right" if right else "left")
+        else:
+            i = torch.searchsorted(bounds, x, right=right)
+        return torch.tensor([2, 3, 5, 7, 11], dtype=table)[i - 2]
+
+    x = torch.cat((specials(FP32), torch.tensor(BOUNDS)))
+    _alike_traced(looked_up, x)
+
+
+def _alike_traced(fn: Callable[..., Any], x: Tensor) -> None:
+    graph = compat.trace(fn, [(x.shape, x.dtype)])
+    low = Lowering()
+    (leaf,) = (n for n in graph.nodes if n.op == "placeholder")
+    term = low.term(next(n for n in graph.nodes if n.op == "output").args[0])
+    assert isinstance(term, Term) and term.op == "where", "read as a tensor of its own"
+    meant = evaluate(term, {low.interner.load(leaf, straight(leaf)): x})
+    assert torch.equal(meant.double(), fn(x).double())
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: torch.bucketize(x, torch.tensor([3.0, 1.0])),
+        lambda x: torch.bucketize(x, torch.tensor([1.0, float("nan")])),
+        lambda x: torch.searchsorted(
+            torch.tensor([3.0, 1.0]), x, sorter=torch.tensor([1, 0])
+        ),
+        lambda x: torch.bucketize(x, x),
+        lambda x: torch.arange(99.0)[x.long()],
+        lambda x: torch.tensor([[1.0, 2.0]])[x.long()],
+    ],
+)
+def test_no_tables(fn):
+    """Not sorted, not a constant, long ones, of several axes."""
+    graph = compat.trace(fn, [((2,), FP32)])
+    node = next(n for n in graph.nodes if n.op == "output").args[0]
+    assert Lowering().term(node).op == "load"
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, float("-inf")])

@@ -136,6 +136,23 @@ def _clamps() -> Iterator[Instance]:
         )  # fmt: skip
 
 
+def _e2m1(m: Any, c: Any, x: Term) -> tuple[tuple[Term, ...], torch.dtype]:
+    """f(x / s)·s for s = 2^⌈min(|x|, 3)⌉ and f rounding in steps of ½, 1 and 2."""
+
+    def op(name: str, *args: Any) -> Term:
+        terms = (a if isinstance(a, Term) else c(a) for a in args)
+        return m(name, tuple(terms), torch.bool if name == "lt" else FP32)
+
+    wide = op("cast", x)
+    s = op("exp2", op("ceil", op("minimum", op("abs", wide), 3.0)))
+    v = op("div", wide, s)
+    a = op("minimum", op("abs", v), 6.0)
+    step = op("where", op("lt", a, 4.0), 1.0, 2.0)
+    large = op("mul", op("round", op("div", a, step)), step)
+    small = op("mul", op("round", op("mul", a, 2.0)), 0.5)
+    return (op("copysign", op("where", op("lt", a, 2.0), small, large), v), s), FP32
+
+
 UNARY = [
     *_casts(),
     *_wheres(),
@@ -158,6 +175,7 @@ UNARY = [
         "sign of product", "mul", FLOATS,
         lambda m, c, x, d: ((m("neg", (x,), d), c(0.3)), d), "by a number",
     ),
+    *_unary("e2m1", "mul", (BF16, FP16), lambda m, c, x, d: _e2m1(m, c, x)),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _quants, _ropes
+from . import _fp4, _quants, _ropes
 from ._case import BF16, FP16, FP32, Case, Draw, plain
 
 NAME = "indexer_q"
@@ -73,6 +73,10 @@ def fake(**pieces: Fn) -> Fn:
     return lambda y, m: _quants.fake(y, BLOCK, **pieces)
 
 
+def fp4(**pieces: Fn) -> Fn:
+    return lambda y, m: _fp4.fake(y, BLOCK, **pieces)
+
+
 def folded(y: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """One scale for a head, folded into the head's weight."""
     found, s = _quants.quantise(y, DIM)
@@ -129,6 +133,19 @@ for _name in ("default", "float_after_abs", "no_floor", "pow2", "pow2_methods", 
     _pieces = _quants.VARIANTS[_name]
     SPELLINGS[f"codes: {_name}"] = _case(_turned(codes(**_pieces)), None, "Rope → fp8 quant")
     SPELLINGS[f"fake: {_name}"] = _case(_turned(fake(**_pieces)), None, "Rope → fake quant")
+for _name, _pieces in _fp4.VARIANTS.items():
+    SPELLINGS[f"fp4: {_name}"] = _case(_turned(fp4(**_pieces)), None, "Rope → fp4 fake quant")
+SPELLINGS |= {
+    "rotation, fp4": _rotation(
+        lambda y, m: fp4()(scaled(y, m), m), None, "matrix → fp4 fake quant"
+    ),
+    "fp4, fp16": _case(
+        _turned(fp4(code=_fp4.by_where)), _usual(dtype=FP16), "Rope → fp4 fake quant"
+    ),
+    "fp4, dynamic": _case(
+        _turned(fp4()), None, "fp4 fake quant", dynamic={0: (0, 1), 1: (0, 1), 2: (0, 1)}
+    ),
+}
 
 
 def _edit(fn: Fn, like: str = "matmul", make: Fn | None = None, **more: Any) -> Case:
@@ -180,6 +197,10 @@ for _name in ("other_maximum", "saturates_early", "pow2_floor", "scale_of_next_b
     MUTANTS[f"fake: {_name}"] = _edit(
         _turned(fake(**_quants.MUTANTS[_name])), f"fake: {_like}", absent=("quant",)
     )
+for _name, _pieces in _fp4.MUTANTS.items():
+    MUTANTS[f"fp4: {_name}"] = _edit(
+        _turned(fp4(**_pieces)), "fp4: exponent", absent=("quant",)
+    )
 
 
 def _butterfly(y: Tensor, m: Tensor) -> Tensor:
@@ -193,6 +214,9 @@ def _butterfly(y: Tensor, m: Tensor) -> Tensor:
 
 
 KNOWN_MISSES: dict[str, Case] = {
+    "fp4 of fp32": _case(
+        _turned(fp4()), _usual(dtype=FP32), why="2^32 values are too many to run a spelling on"
+    ),
     "butterfly": _rotation(
         _butterfly, exact=True, why="additions of pieces are no product; each step is Inductor's"
     ),
