@@ -171,6 +171,16 @@ def _scales(node: fx.Node, root: Term) -> Iterator[Spec]:
         yield Spec((hole,), names, (*fixed, ("keepdim", keep)))
 
 
+def _fake(node: fx.Node, root: Term) -> Iterator[Spec]:
+    width = lanes(node)
+    found = quantiser(root) if width is not None and root.op == "cast" else None
+    if width is None or found is None or width % found.group:
+        return
+    hole = (Hole("x", (ROWS, width)), node.meta["val"].dtype)
+    for names, fixed in found.encoded():
+        yield Spec((hole,), names, fixed)
+
+
 def _lead(node: fx.Node, root: Term) -> Iterator[Spec]:
     width = lanes(node)
     last = node.meta["val"].dim() - 1
@@ -208,6 +218,7 @@ RMS_NORM = _atom("rms_norm", atoms.rms_norm, _rms_norm, "fold rsqrt mul")
 ROPE = _atom("rope", atoms.rope, _rope(inverse=False), "lace mul add neg")
 INVERSE_ROPE = _atom("inverse_rope", atoms.rope, _rope(inverse=True), "lace mul add neg")
 SWIGLU = _atom("clamp_swiglu", atoms.clamp_swiglu, _swiglu, "exp mul div")
+FAKE_QUANT = _atom("fake_quant", atoms.fake_quant, _fake, "fold cast abs")
 QUANT_LEAD = _atom("fake_quant_lead", atoms.fake_quant_lead, _lead, "cat fold cast")
 CODES = _atom("group_quant", _codes_of, _codes, "fold cast abs")
 SCALES = _atom("group_scale", _scales_of, _scales, "fold abs")

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import batch_and_position, narrow, round_to
+from ._fp4 import fake_fp4
 from ._pool import pool, pool_by_steps
 from ._rows import cache_row, fake_quant, load_table, norm_rotate
 
@@ -32,7 +33,7 @@ def one_entry(
     POOL_EVERY: tl.constexpr, NARROW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     HAS_W: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, KEEP: tl.constexpr,
     HAS_CACHE: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
-    VIA_MUL: tl.constexpr,
+    VIA_MUL: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """Pool and finish one entry, or one of both; what does not wait for the window goes first."""
     XD: tl.constexpr = pooled_ptr.dtype.element_ty if NARROW else tl.float32
@@ -65,7 +66,9 @@ def one_entry(
         OD: tl.constexpr = out_ptr.dtype.element_ty
         y = norm_rotate(y[None, :], w, cos, sin, D, BLOCK, HALF, 1, NORM, EPS, HAS_W, EVERY,
                         False, PRECISE, XD, OD)
-        if GROUP > 0:
+        if FP4 > 0:
+            y = fake_fp4(round_to(y, OD), BLOCK, 1, GROUP, FLOOR, VIA_MUL, FP4)
+        elif GROUP > 0:
             y = fake_quant(round_to(y, OD), D - 2 * HALF, BLOCK, 1, GROUP, FLOOR, POW2, VIA_MUL)
         y = tl.reshape(narrow(y, OD), (BLOCK,))
         if KEEP:
@@ -102,7 +105,7 @@ def compress_kernel(
     KEEP: tl.constexpr, HAS_CACHE: tl.constexpr, PAGED: tl.constexpr, HAS_SLOT: tl.constexpr,
     HAS_SEQ: tl.constexpr, FLAT_SLOT: tl.constexpr, WRAP: tl.constexpr, SPARE: tl.constexpr,
     PACKED: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
-    VIA_MUL: tl.constexpr,
+    VIA_MUL: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """PARTS programs, of BLOCK columns each, for every entry, or (LANES > 0) every batch row.
 
@@ -144,7 +147,7 @@ def compress_kernel(
                 cos_sb, cos_ss, cos_sd, sin_sb, sin_ss, sin_sd, cache_sp, cache_sn, D, BLOCK, HALF,
                 POOL, FINISH, WIDTH, BEFORE, STEP, TILES, STAGES, SHIFTED, GATHER, RING, MASKED,
                 HAS_BIAS, BIAS_NARROW, POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP,
-                HAS_CACHE, GROUP, FLOOR, POW2, VIA_MUL,
+                HAS_CACHE, GROUP, FLOOR, POW2, VIA_MUL, FP4,
             )  # fmt: skip
     else:
         wanted = live
@@ -159,5 +162,5 @@ def compress_kernel(
                 sin_ss, sin_sd, cache_sp, cache_sn, D, BLOCK, HALF, POOL, FINISH, WIDTH, BEFORE,
                 STEP, TILES, STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW,
                 POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP, HAS_CACHE, GROUP, FLOOR,
-                POW2, VIA_MUL,
+                POW2, VIA_MUL, FP4,
             )  # fmt: skip

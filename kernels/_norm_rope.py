@@ -126,13 +126,15 @@ def cache_arguments(
 
 
 def quant_arguments(
-    x: Tensor, nope: int, group: int, floor: float, scale: str, via: str
+    x: Tensor, width: int, group: int, floor: float, scale: str, via: str, fp8: bool = True
 ) -> dict[str, object]:
+    """``width``: how many lanes are quantised."""
     if group:
-        common.require(nope % group == 0, f"{nope} nope dims are no multiple of {group}")
+        common.require(width % group == 0, f"{width} lanes are no multiple of {group}")
         common.require(group & (group - 1) == 0, "quant_group must be a power of two")
         common.require(scale in ("fp32", "pow2"), f"no scale format {scale!r} here")
-        common.require_fp8(x.device)
+        if fp8:
+            common.require_fp8(x.device)
     return dict(GROUP=group, FLOOR=floor, POW2=scale == "pow2", VIA_MUL=via == "mul")
 
 

@@ -2,8 +2,8 @@
 
 Math, per entry (b, n) and channel d, over the rows w of its window, older rows first:
 ``pooled = Σ_w kv[w] · softmax_w(gate[w] + bias[w])``, then ``y = rope(rms_norm(pooled))`` as
-``dsv4fuse.atoms`` defines them, then optionally ``y[:D-R] = fake_quant(y[:D-R])`` and
-``cache[seq, slot] = y``.
+``dsv4fuse.atoms`` defines them, then optionally ``y[:D-R] = fake_quant(y[:D-R])``, or with
+quant_fp4 ``y = fake_quant(y, fp4=quant_fp4)``, and ``cache[seq, slot] = y``.
 
 Shapes   kv, gate ``[B,N,W,D]``: the rows themselves (views of ``[B,S,D]`` cost nothing). Or, with
          ends ``[B,N]``, caches of rows ``[P,S,D]``: the entry pools the positions up to its end,
@@ -21,12 +21,14 @@ Output   ``[B,N,D]`` dense (shape [0] without keep); pool_dtype's promotion with
          ``norm_rope_cache``.
 Rounding gate + bias is fp32, with narrow_bias rounded to the gate's dtype. pool_rounding "once":
          fp32, rounded to pool_dtype at the end; "every": weights, products and the sum round to
-         kv's dtype. norm, rope_rounding, precise as in ``norm_rope_cache``.
+         kv's dtype. norm, rope_rounding, precise as in ``norm_rope_cache``. quant_fp4 names a form
+         of ``atoms.e2m1``, nearest with ties to even; then quant_scale is "pow2".
+Errors   ValueError for other sizes and dtypes, an unknown form, lanes that are no whole groups.
 Slots    as in ``norm_rope_cache``. With ``spare`` the cache's last row takes what is not wanted:
          nothing is written there, and without keep such an entry is not computed. A row that is
          skipped this way costs one load.
 Source   TensorRT-LLM #14124 (reduction of a wide window over several warps, one list of valid
-         configurations); ATOM #704 item 4 (the upcast folded in).
+         configurations); ATOM #704 item 4 (the upcast folded in); V4's fp4_act_quant.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from . import _common as common
 from . import _norm_rope as host
 from . import norm_rope_cache as rows
 from ._compress import compress_kernel
+from ._fp4 import fp4_form
 from ._launch import wrap_triton
 from ._norms import out_dtype
 from ._windows import FINISH_WARPS, check, choose
@@ -62,7 +65,8 @@ def launch(
     sin: Tensor, ends: Tensor | None, page: Tensor | None, *, width: int, ring: int,
     shifted: bool, masked: bool, narrow_bias: bool, pool_rounding: str, pool_dtype: torch.dtype,
     eps: float, norm: str, rope_rounding: str, precise: bool, quant_group: int,
-    quant_floor: float, quant_scale: str, via: str, cache: Tensor | None = None,
+    quant_floor: float, quant_scale: str, via: str, quant_fp4: str = "",
+    cache: Tensor | None = None,
     slot: Tensor | None = None, seq: Tensor | None = None, slot_start: int = 0,
     seq_start: int = 0, flat_slot: bool = False, wrap: bool = True, keep: bool = True,
     spare: bool = False,
@@ -85,7 +89,8 @@ def launch(
         **host.cache_arguments(
             cache, slot, seq, slot_start, seq_start, flat_slot, wrap, out.dtype, None, kv
         ),
-        **host.quant_arguments(kv, z.dim - 2 * z.half, quant_group, quant_floor, quant_scale, via),
+        **host.quant_arguments(kv, z.dim if quant_fp4 else z.dim - 2 * z.half, quant_group,
+                               quant_floor, quant_scale, via, not quant_fp4),
         **host.strides(ends, "ends", "bs"), **host.strides(page, "page", "bs"),
         **host.strides(cos, "cos", "bsd"), **host.strides(sin, "sin", "bsd"),
         bias_ptr=kv if bias is None else bias, bias_sw=0 if bias is None else bias.stride(0),
@@ -105,6 +110,7 @@ def launch(
         NORM=common.NORMS[norm], EPS=eps, HAS_W=weight is not None,
         EVERY=rope_rounding == "every" and not precise and cos.dtype == out.dtype,
         PRECISE=precise, KEEP=keep, SPARE=int(spare),
+        FP4=fp4_form(quant_fp4, quant_group, quant_scale),
     )  # fmt: skip
     kernel = wrap_triton(compress_kernel)
     parts, whole = triton.cdiv(z.dim, block), triton.next_power_of_2(z.dim)
@@ -148,7 +154,7 @@ def reference(
     shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
     pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", cache: Tensor | None = None, slot: Tensor | None = None,
+    via: str = "div", quant_fp4: str = "", cache: Tensor | None = None, slot: Tensor | None = None,
     seq: Tensor | None = None, slot_start: int = 0, seq_start: int = 0,
     flat_slot: bool = False, wrap: bool = True, keep: bool = True, spare: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -180,9 +186,11 @@ def reference(
     y = rows.reference_rows(
         y, cos, sin, weight, eps, norm, rope_rounding, precise, out_dtype(pool_dtype, weight, norm)
     )
-    if quant_group:
+    kw = dict(group=quant_group, floor=quant_floor, scale=quant_scale, via=via)
+    if fp4_form(quant_fp4, quant_group, quant_scale):
+        y = atoms.fake_quant(y, **kw, fp4=quant_fp4)
+    elif quant_group:
         nope = z.dim - 2 * z.half
-        kw = dict(group=quant_group, floor=quant_floor, scale=quant_scale, via=via)
         y = torch.cat((atoms.fake_quant(y[..., :nope], **kw), y[..., nope:]), dim=-1)
     if cache is not None:
         last = cache[..., -1:, :].clone()
@@ -204,7 +212,7 @@ def compress_kv(
     shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
     pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div",
+    via: str = "div", quant_fp4: str = "",
 ) -> Tensor:  # fmt: skip
     """Pooled, normed and turned entries, no cache: see the module's docstring."""
     run = reference if common.use_reference(kv) else launch
@@ -214,6 +222,7 @@ def compress_kv(
         pool_rounding=pool_rounding, pool_dtype=pool_dtype, eps=eps, norm=norm,
         rope_rounding=rope_rounding, precise=precise, quant_group=quant_group,
         quant_floor=quant_floor, quant_scale=quant_scale, via=via,
+        quant_fp4=quant_fp4,
     )  # fmt: skip
 
 
@@ -226,8 +235,8 @@ def compress_kv_cache(
     shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
     pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", slot_start: int = 0, seq_start: int = 0, flat_slot: bool = False,
-    wrap: bool = True, keep: bool = True, spare: bool = False,
+    via: str = "div", quant_fp4: str = "", slot_start: int = 0, seq_start: int = 0,
+    flat_slot: bool = False, wrap: bool = True, keep: bool = True, spare: bool = False,
 ) -> Tensor:  # fmt: skip
     """The entries, and into the cache: see the module's docstring."""
     run = reference if common.use_reference(kv) else launch
@@ -237,6 +246,7 @@ def compress_kv_cache(
         pool_rounding=pool_rounding, pool_dtype=pool_dtype, eps=eps, norm=norm,
         rope_rounding=rope_rounding, precise=precise, quant_group=quant_group,
         quant_floor=quant_floor, quant_scale=quant_scale, via=via,
+        quant_fp4=quant_fp4,
         cache=cache, slot=slot, seq=seq, slot_start=slot_start, seq_start=seq_start,
         flat_slot=flat_slot, wrap=wrap, keep=keep, spare=spare,
     )  # fmt: skip

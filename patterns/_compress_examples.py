@@ -8,12 +8,24 @@ from torch import Tensor
 from dsv4fuse import atoms
 from dsv4fuse.fusion import Example, Sizes
 
-ROWS = {"narrow": (4, True), "wide": (128, False)}  # (ratio, with the window before)
+# (ratio, with the window before)
+ROWS = {"narrow": (4, True), "wide": (128, False), "narrow fp4": (4, True)}
+TURNED = 1 / 3  # of a row's largest: codes of fp4 are so far apart, and a sum's order turns some
 BF16 = torch.bfloat16
 
 
-def _finish(pooled: Tensor, w: Tensor, cos: Tensor, sin: Tensor, norm: str) -> Tensor:
-    return atoms.rope(atoms.rms_norm(pooled, w, eps=1e-6, rounding=norm), cos, sin, rounding="once")
+def _finish(
+    pooled: Tensor, w: Tensor, cos: Tensor, sin: Tensor, norm: str, kind: str
+) -> Tensor:  # fmt: skip
+    y = atoms.rms_norm(pooled, w, eps=1e-6, rounding=norm)
+    y = atoms.rope(y, cos, sin, rounding="once")
+    if not kind.endswith("fp4"):
+        return y
+    return atoms.fake_quant(y, group=32, floor=6 * 2.0**-126, scale="pow2", fp4="kept")
+
+
+def _slack(kind: str) -> float:
+    return TURNED if kind.endswith("fp4") else 0.0
 
 
 def _with_before(x: Tensor, value: float) -> Tensor:
@@ -36,14 +48,14 @@ def prefill(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
         if overlap:
             kv, gate = _with_before(kv, 0.0), _with_before(gate, float("-inf"))
         pooled = atoms.softmax_pool(kv, gate, rounding="every", dtype=kv.dtype)
-        return _finish(pooled, w, cos, sin, "weight")
+        return _finish(pooled, w, cos, sin, "weight", kind)
 
     rows = [torch.randn(1, tokens * ratio, channels, device=device, dtype=BF16) for _ in "ab"]
     bias = torch.randn(ratio, channels, device=device, dtype=BF16)
     angle = torch.rand(1, tokens, sizes.rope_dim // 2, device=device)
     w = torch.rand(dim, device=device, dtype=BF16)
     moved = sum(r.nbytes for r in rows) + 2 * angle.nbytes + tokens * dim * 2
-    return Example(fn, (*rows, bias, w, angle.cos(), angle.sin()), moved)
+    return Example(fn, (*rows, bias, w, angle.cos(), angle.sin()), moved, _slack(kind))
 
 
 def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
@@ -67,7 +79,7 @@ def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
             g = torch.cat((old, g[:, :, ratio:, dim:]), dim=2)
         pooled = atoms.softmax_pool(x, g, rounding="once", dtype=x.dtype)
         slot = torch.where(ends >= 0, ends // ratio, cache.shape[1] - 1)
-        cache[rows, slot] = _finish(pooled, w, cos, sin, "once")
+        cache[rows, slot] = _finish(pooled, w, cos, sin, "once", kind)
         return cache[:, :-1]
 
     kv = torch.randn(tokens, width, channels, device=device, dtype=BF16)
@@ -78,4 +90,4 @@ def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
     cache = torch.zeros(tokens, 5, dim, device=device, dtype=BF16)
     inputs = (kv, gate, positions, rows, torch.rand(dim, device=device), angle.cos(), angle.sin())
     moved = tokens * dim * (width * 6 + 2) + 2 * angle.nbytes
-    return Example(fn, (*inputs, cache), moved)
+    return Example(fn, (*inputs, cache), moved, _slack(kind))

@@ -11,9 +11,9 @@ from dsv4fuse import maps
 from dsv4fuse.chains import Quantised
 from dsv4fuse.layout import Order, arrange, head_order, through
 from dsv4fuse.match import Bound
-from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.scene import Atom, Hit, Scene
 from dsv4fuse.slots import Slots, ring, slots
-from dsv4fuse.specs import RMS_NORM
+from dsv4fuse.specs import FAKE_QUANT, RMS_NORM, ROPE
 from dsv4fuse.writes import Write
 
 from ._bytes import Packing, packing
@@ -47,6 +47,11 @@ class Leg:
     def hits(self) -> list[Hit]:
         codes = self.packing.quant.codes if self.packing else None
         return [h for h in (self.rope, self.norm, self.quant, codes) if h]
+
+    @property
+    def quant_words(self) -> str:
+        fp4 = self.quant is not None and "fp4" in self.quant.arguments
+        return "fp4 fake quant" if fp4 else "fake quant"
 
     @property
     def loose(self) -> frozenset[str]:
@@ -90,6 +95,17 @@ def leg_of(scene: Scene, rope: Hit, quants: dict[fx.Node, Hit]) -> Leg | None:
         return None
     parts = parts_of(x.node) if x.laned and not x.part else None
     return Leg(root, x, cos, sin, rope, norm, quant, order, parts)
+
+
+def fp4_rows(scene: Scene, pool: Atom) -> dict[fx.Node, Hit]:
+    """The quantisers to fp4 of whole turned rows that ``pool`` made, by those rows.
+
+    A turned row is made of pieces; what quantises it is looked for behind the whole of it.
+    """
+    legs = (leg_of(scene, rope, {}) for rope in scene.outermost(ROPE))
+    rows = [g.root for g in legs if g and not g.heads and scene.hit(pool, g.x.node)]
+    fakes = Scene(scene.graph, rows).outermost(FAKE_QUANT) if rows else []
+    return {h.x.node: h for h in fakes if "fp4" in h.arguments and h.x.node in rows}
 
 
 def with_write(scene: Scene, leg: Leg, writes: Writes, quants: list[Quantised]) -> Leg | None:
@@ -140,7 +156,7 @@ def together(scene: Scene, q: Leg, kv: Leg) -> bool:
 def steps(name: str, leg: Leg) -> str:
     """The leg in words, for the report."""
     found = [leg.parts and "sum of parts", leg.norm and f"norm ({leg.norm.arguments['rounding']})"]
-    found += ["rope", leg.quant and "fake quant", leg.packing and "fp8 rows"]
+    found += ["rope", leg.quant and leg.quant_words, leg.packing and "fp8 rows"]
     found += [leg.slots and "cache write"]
     return f"{name}: " + " → ".join(s for s in found if s)
 
@@ -158,8 +174,9 @@ def quant_arguments(kv: Leg | None) -> dict[str, object]:
         return {}
     a = kv.quant.arguments
     floor = kv.quant.env.scalars.get("floor", 0.0)
+    fp4 = {"quant_fp4": a["fp4"]} if "fp4" in a else {}
     return {"quant_group": a["group"], "quant_floor": floor, "quant_scale": a["scale"],
-            "via": a["via"]}  # fmt: skip
+            "via": a["via"], **fp4}  # fmt: skip
 
 
 def sum_dtype(*legs: Leg | None) -> torch.dtype | None:

@@ -1,11 +1,11 @@
 """The KV compressor: softmax over a window → weighted sum → RMSNorm → rope [→ quant] [→ write].
 
 Scope: entries ``[.., D]`` pooled per channel from windows of 2^k rows (up to 8, or up to 128), the
-softmax in fp32; followed by a norm or none, rope on the trailing pairs, fake quant of the leading
-lanes, a write like ``norm_rope_cache``'s. The windows are read where their rows lie: in a
-projection, with or without the half of the window before (overlap), or in a ring that a position
-indexes. Others are read from the tensor that the module made of them. The update of the raw
-rows' ring stays with Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
+softmax in fp32; followed by a norm or none, rope on the trailing pairs, fake quant (to fp8 of the
+leading lanes, to fp4 of all), a write like ``norm_rope_cache``'s. The windows are read where their
+rows lie: in a projection, with or without the half of the window before (overlap), or in a ring
+that a position indexes. Others are read from the tensor that the module made of them. The update of
+the raw rows' ring stays with Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from dsv4fuse.patterns._compress_examples import ROWS as EXAMPLE_ROWS
 from dsv4fuse.patterns._compress_examples import decode, prefill
-from dsv4fuse.patterns._legs import Leg, Writes, leg_of, quant_arguments, with_write
+from dsv4fuse.patterns._legs import (
+    Leg,
+    Writes,
+    fp4_rows,
+    leg_of,
+    quant_arguments,
+    with_write,
+)
 from dsv4fuse.patterns._sources import Grid, windows
 from dsv4fuse.patterns._windows import Gathered, Half, Seen, Windows
 from torch import Tensor, fx
@@ -106,7 +113,7 @@ class Site:
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph, with its write and (should that fail) without."""
-    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)}
+    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)} | fp4_rows(scene, POOL)
     writes = Writes(list(written(scene.graph)), list(written_twice(scene.graph)))
     found = []
     for rope in scene.outermost(ROPE):
@@ -198,6 +205,7 @@ def _unsupported(site: Site) -> str | None:
 def _variant(site: Site) -> str:
     rows = int(site.pool.kv.node.meta["val"].shape[-2])
     wide = "wide" if rows > 8 else "narrow"
+    wide += " fp4" if site.leg.quant and "fp4" in site.leg.quant.arguments else ""
     return f"{wide} {'ring' if isinstance(site.windows.now.kv, Gathered) else 'rows'}"
 
 
@@ -207,7 +215,7 @@ def _detail(site: Site) -> dict[str, object]:
     steps = ["gather" * isinstance(found.now.kv, Gathered)]
     steps += [f"pool{before} ({site.pool.arguments['rounding']})"]
     steps += [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
-    steps += [leg.quant and "fake quant", leg.slots and "cache write"]
+    steps += [leg.quant and leg.quant_words, leg.slots and "cache write"]
     spare = "; entries for the cache's spare last row are not computed" * site.spare
     return {"parts": " → ".join(s for s in steps if s) + spare}
 

@@ -22,11 +22,10 @@ from dsv4fuse.chains import Quantised, divides_by_product, quantised
 from dsv4fuse.contract import Operand, product
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.layout import Order, arrange, head_order, token_count
-from dsv4fuse.match import Bound, Hole
-from dsv4fuse.scene import Atom, Hit, Scene, Spec
-from dsv4fuse.specs import ROPE, lanes, quantiser
-from dsv4fuse.terms import Complex, Term
-from dsv4fuse.trace import ROWS
+from dsv4fuse.match import Bound
+from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.specs import FAKE_QUANT, ROPE
+from dsv4fuse.terms import Complex
 
 from ._seats import Seat, placed, seats
 
@@ -43,19 +42,6 @@ class Turn:
     factor: float
 
 
-def _fake(node: fx.Node, root: Term) -> Iterator[Spec]:
-    width = lanes(node)
-    found = quantiser(root) if width is not None and root.op == "cast" else None
-    if width is None or found is None or width % found.group:
-        return
-    hole = (Hole("x", (ROWS, width)), node.meta["val"].dtype)
-    for names, fixed in found.encoded():
-        yield Spec((hole,), names, fixed)
-
-
-FAKE = Atom("fake_quant", atoms.fake_quant, _fake, frozenset({"fold", "cast", "abs"}))
-
-
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     ropes = [(h, order) for h in scene.outermost(ROPE) if (order := _order(h))]
@@ -64,7 +50,7 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     # A rotated value is made of pieces; its quantiser is looked for behind the whole of it.
     behind = Scene(scene.graph, ends.values())
     quants = quantised(behind) if ropes else []
-    fakes = behind.outermost(FAKE) if ropes else []
+    fakes = behind.outermost(FAKE_QUANT) if ropes else []
     found = []
     for hit, order in ropes:
         turn, last = turns.get(hit.node), ends[hit.node]
@@ -160,7 +146,7 @@ def _candidate(
         inputs,
         call,
         outputs,
-        variant="quant" if quant else "fake" if fake else "plain",
+        variant="quant" if quant else "fake fp4" if how.get("fp4") else "fake" if fake else "plain",
         tokens=token_count(hit.node, order),
         unsupported=divides_by_product(step.arguments) if step else None,
         loose=loose | ({"order of the sums"} if turn else frozenset()),
@@ -219,4 +205,4 @@ def example(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
 
 KINDS = ("plain", "fake", "fake fp4", "quant")
 EXAMPLES = {kind: partial(example, kind=kind) for kind in KINDS}
-FUSION = Fusion(NAME, find, (FAKE,), EXAMPLES)
+FUSION = Fusion(NAME, find, (FAKE_QUANT,), EXAMPLES)

@@ -224,6 +224,38 @@ def test_fake_quant(sizes, scale):
     same(cache, got[0])
 
 
+@pytest.mark.parametrize("form", ["kept", "turned 0", "plain 6"])
+@pytest.mark.parametrize("sizes", [(4, 4, 96), (128, 0, 128)])
+def test_fake_fp4(sizes, form):
+    """Byte for byte ``atoms.fake_quant`` of what the plain op returns, the turned lanes too."""
+    given = strided(1, 3, sizes)
+    given.kv[0, 1] = 0.0  # with the rows before: nearly nothing, or zeros under the floor
+    how = dict(BASE, shifted=sizes[1] > 0)
+    plain = compress.compress_kv(*given.all(), **how)
+    for floor in (6 * 2.0**-126, 0.5):
+        quant = dict(quant_group=32, quant_floor=floor, quant_fp4=form)
+        fake = atoms.fake_quant(plain, group=32, floor=floor, scale="pow2", fp4=form)
+        assert not torch.equal(fake, plain) and (fake[..., -ROPE:] != plain[..., -ROPE:]).any()
+        cache = poisoned(3, sizes[2])
+        got = compress.compress_kv_cache(*given.all(), cache, None, None, **how, **quant)
+        same(got, fake)
+        same(cache, got[0])
+
+
+@pytest.mark.parametrize(
+    "quant, sentence",
+    [
+        (dict(quant_fp4="even", quant_group=32), "no form 'even' of e2m1"),
+        (dict(quant_fp4="kept"), "fp4 has groups"),
+        (dict(quant_fp4="kept", quant_group=32, quant_scale="fp32"), "powers of two"),
+        (dict(quant_fp4="kept", quant_group=64), "96 lanes are no multiple of 64"),
+    ],
+)
+def test_no_such_fp4(quant, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        compress.compress_kv(*strided(1, 2, (4, 4, 96)).all(), **BASE, shifted=True, **quant)
+
+
 def test_nothing_to_do():
     given = strided(0, 2, (4, 4, 64))
     assert compress.compress_kv(*given.all(), **BASE, shifted=True).shape == (0, 2, 64)

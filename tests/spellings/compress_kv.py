@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _pools, _quants
+from . import _fp4, _pools, _quants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
 from ._layouts import NORM, TURN
 from ._pools import BATCH, COUNT, DIM, RATIO
@@ -128,6 +128,37 @@ SPELLINGS |= {
     ),
 }
 
+# ---- whole rows through fp4 --------------------------------------------------------------------
+
+FP4_PARTS = (*BEFORE, "fp4 fake quant", "cache write")
+
+
+def fp4_case(pieces: dict[str, Fn], *parts: str, **more: Any) -> Case:
+    def change(y: Tensor) -> Tensor:
+        return _fp4.fake(y, 16, **pieces)
+
+    return _case(written(_slice, change), cache_inputs, *(parts or FP4_PARTS), **more)
+
+
+def fp4_in_place(y: Tensor) -> Tensor:
+    """As the reference does it, whose function writes into its argument."""
+    y = y.clone()
+    return y.copy_(_fp4.fake(y, 16, code=_fp4.by_masks))
+
+
+def fp4_returned(
+    kv: Tensor, gate: Tensor, bias: Tensor, w: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    y = TURN(NORM(_pools.POOLS["hf"](*_pools.hf(kv, gate, bias)), w), cos, sin)
+    return _fp4.fake(y, 16, code=_fp4.by_sum)
+
+
+SPELLINGS |= {f"fp4: {n}": fp4_case(_fp4.VARIANTS[n]) for n in ("exponent", "where", "table")}
+SPELLINGS |= {
+    "fp4: in place": _case(written(_slice, fp4_in_place), cache_inputs, *FP4_PARTS),
+    "fp4: no write": _case(fp4_returned, rows_inputs(), *FP4_PARTS[:-1]),
+}
+
 # ---- rings -------------------------------------------------------------------------------------
 
 RING = ("Gather", "norm", "rope", "cache write", "not computed")
@@ -202,6 +233,12 @@ MUTANTS: dict[str, Case] = {
     "window 0 with zeros before": mutant(_pools.zeros_before, **AS_IS),
     "kv of the same window": mutant(_pools.own_kv, **AS_IS),
     "bias of the other half": mutant(_pools.other_bias, count=1, parts=("Pool", "norm")),
+    **{
+        f"fp4: {name}": fp4_case(
+            _fp4.MUTANTS[name], "norm", "rope", absent=("quant",), like=SPELLINGS["fp4: exponent"]
+        )
+        for name in ("ties down", "ties up", "scale of next block", "other maximum")
+    },
     "ring: mask one off": ring_case(
         _pools.ring(mask=lambda g, span: g.masked_fill(span.unsqueeze(-1) < 1, float("-inf"))), 2,
         "Pool", "norm", absent=("Gather",), like=SPELLINGS["ring"],
