@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,11 @@ def walk(term: Term, depth: float = math.inf) -> Iterator[Term]:
         for a in term.args:
             if isinstance(a, Term):
                 yield from walk(a, depth - 1)
+
+
+def code_distance(arguments: Mapping[str, object]) -> float:
+    """How far apart the two largest codes of a fake quantiser are, as a part of the larger."""
+    return 2 / atoms.FP4_MAX if arguments.get("fp4") else 32 / atoms.FP8_MAX
 
 
 def _codes(node: fx.Node, root: Term) -> Iterator[Spec]:

@@ -98,7 +98,7 @@ def _check(
     ends = (*candidate.outputs, *candidate.updates)
     outer = samples.leaves(candidate, region)
     promised = numerics == "faithful" and candidate.judged == "eager"
-    promised = promised and not candidate.loose & TURNING
+    promised = promised and (candidate.code > 0.0 or not candidate.loose & TURNING)
     true = None
     made = samples.draw(candidate, outer, number)
     if made is None:
@@ -122,7 +122,7 @@ def _check(
             values = [v.narrow(-2, 0, v.shape[-2] - 1) for v in values]
         split = candidate.pieces.get(node, lambda t: (t,))
         several = list(zip(*map(split, values), strict=True))
-        apart = (_differ(*piece, numerics) for piece in several)
+        apart = (_differ(*piece, numerics, candidate.code) for piece in several)
         wrong = next((w for w in apart if w), None)
         if wrong is None and promised:
             wrong = next((w for a, b, _ in several if (w := _many(a, b))), None)
@@ -136,7 +136,7 @@ def steps_allowed(dtype: torch.dtype, numerics: str = "faithful") -> float:
     return STEPS[numerics] if dtype.itemsize <= 2 else WIDE
 
 
-def _differ(a: Tensor, b: Tensor, true: Tensor, numerics: str) -> str | None:
+def _differ(a: Tensor, b: Tensor, true: Tensor, numerics: str, code: float) -> str | None:
     """What is wrong with b, which stands for the module's a; both are judged by ``true``."""
 
     def strides(t: Tensor) -> list[int]:
@@ -157,7 +157,7 @@ def _differ(a: Tensor, b: Tensor, true: Tensor, numerics: str) -> str | None:
     if not torch.equal(x.where(x.isinf(), 0), y.where(y.isinf(), 0)):
         return "infinities at other places"
     own, worst = _steps(a, true, a.dtype), _steps(b, true, a.dtype)
-    allowed = steps_allowed(a.dtype, numerics)
+    allowed = steps_allowed(a.dtype, numerics) + code / torch.finfo(a.dtype).eps
     if numerics == "faithful" and own > COARSER * (worst + STEPS[numerics]):
         return (
             f"the module's is off by {own:.3g} rounding steps of {short(a.dtype)}, "

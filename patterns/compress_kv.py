@@ -1,11 +1,11 @@
 """The KV compressor: softmax over a window → weighted sum → RMSNorm → rope [→ quant] [→ write].
 
 Scope: entries ``[.., D]`` pooled per channel from windows of 2^k rows (up to 8, or up to 128), the
-softmax in fp32; followed by a norm or none, rope on the trailing pairs, fake quant (to fp8 of the
-leading lanes, to fp4 of all), a write like ``norm_rope_cache``'s. The windows are read where their
-rows lie: in a projection, with or without the half of the window before (overlap), or in a ring
-that a position indexes. Others are read from the tensor that the module made of them. The update of
-the raw rows' ring stays with Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
+softmax in fp32; then a norm or none, rope on the trailing pairs, fake quant (to fp8 of the leading
+lanes, to fp4 of all), a write like ``norm_rope_cache``'s. Windows are read where their rows lie: in
+a projection, with or without the window before (overlap), or in a ring that a position indexes;
+others from what the module made of them. Raw rows are written to their ring by Inductor. Seed: ATOM
+#704 item 4; DeepSeek's reference; transformers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ from dsv4fuse.layout import arrange, restore, token_count
 from dsv4fuse.match import Bound, Hole
 from dsv4fuse.rules import number
 from dsv4fuse.scene import Atom, Hit, Scene, Spec
-from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, lanes, walk
+from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, code_distance, lanes, walk
 from dsv4fuse.terms import Complex, Term
 from dsv4fuse.trace import ROWS
 from dsv4fuse.writes import written, written_twice
 
 NAME = "compress_kv"
-F32 = torch.float32
 
 
 def _pool_specs(node: fx.Node, root: Term) -> Iterator[Spec]:
@@ -187,6 +186,7 @@ def _candidate(scene: Scene, site: Site, numerics: str) -> Candidate:
         site.places(),
         variant=_variant(site),
         judged="eager" if leg.quant else "exact",  # a sum over a window, in another order
+        code=code_distance(leg.quant.arguments) if leg.quant else 0.0,
         tokens=token_count(leg.root, leg.order),
         unsupported=_unsupported(site),
         loose=leg.loose | site.pool.env.loose,

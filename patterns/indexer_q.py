@@ -24,7 +24,7 @@ from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.layout import Order, arrange, head_order, token_count
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
-from dsv4fuse.specs import FAKE_QUANT, ROPE
+from dsv4fuse.specs import FAKE_QUANT, ROPE, code_distance
 from dsv4fuse.terms import Complex
 
 from ._seats import Seat, placed, seats
@@ -150,6 +150,7 @@ def _candidate(
         tokens=token_count(hit.node, order),
         unsupported=divides_by_product(step.arguments) if step else None,
         loose=loose | ({"order of the sums"} if turn else frozenset()),
+        code=code_distance(fake.arguments) if turn and fake and not quant else 0.0,
         detail={"parts": " → ".join(k for k in kinds if k)},
     )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv4fuse import verify
+from dsv4fuse.specs import code_distance
 
 X = torch.linspace(-3, 3, 24, dtype=torch.bfloat16).view(4, 6)
 
@@ -45,7 +46,7 @@ SEEN = {
 @pytest.mark.parametrize("name", SEEN)
 def test_seen(name):
     wanted, found, words = SEEN[name]
-    assert words in (verify._differ(wanted, found, wanted, "faithful") or "")
+    assert words in (verify._differ(wanted, found, wanted, "faithful", 0.0) or "")
 
 
 ALIKE = {
@@ -61,18 +62,18 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 def test_alike(name):
     wanted, found = ALIKE[name]
-    assert verify._differ(wanted, found, wanted, "faithful") is None
+    assert verify._differ(wanted, found, wanted, "faithful", 0.0) is None
 
 
 def test_as_near_to_exact_arithmetic_as_the_module():
     """Both may be off; ours by no more than the module and the steps allowed."""
     exact = X.double()
-    assert verify._differ(steps(6), steps(8), exact, "faithful") is None
+    assert verify._differ(steps(6), steps(8), exact, "faithful", 0.0) is None
     assert "the module's is off by 6" in str(
-        verify._differ(steps(6), steps(9), exact, "faithful")
+        verify._differ(steps(6), steps(9), exact, "faithful", 0.0)
     )
-    assert verify._differ(steps(40), steps(49), exact, "faithful") is None  # alike, not equal
-    assert verify._differ(steps(40), steps(51), exact, "faithful")
+    assert verify._differ(steps(40), steps(49), exact, "faithful", 0.0) is None  # alike, not equal
+    assert verify._differ(steps(40), steps(51), exact, "faithful", 0.0)
 
 
 # A part of all values turned by one step: fp8's steps are an eighth of a value.
@@ -89,8 +90,20 @@ def test_many_small_differences(name, dtype):
     if every:
         bits[::every] += 1
     found = bits.view(dtype)
-    assert verify._differ(wanted, found, wanted, "faithful") is None
+    assert verify._differ(wanted, found, wanted, "faithful", 0.0) is None
     assert ("each rounding is promised" in (verify._many(wanted, found) or "")) == seen
+
+
+def test_codes_behind_a_sum_in_another_order():
+    """A code may be the next one; what is no code of the row's may not be."""
+    codes = torch.tensor([[6.0, 4.0, -0.5, 3.0]], dtype=torch.bfloat16)
+    off, wrong = codes.clone(), codes.clone()
+    off[0, 1], wrong[0, 3] = 6.0, 0.5
+    assert verify._differ(codes, off, codes, "faithful", 2 / 6) is None
+    assert verify._differ(codes, off, codes, "faithful", 0.0)
+    assert verify._differ(codes, wrong, codes, "faithful", 2 / 6)
+    assert code_distance({"fp4": "kept"}) == 2 / 6
+    assert code_distance({"saturate": True}) == 32 / 448
 
 
 def test_wide_results_are_not_counted():
