@@ -68,8 +68,10 @@ def codes_and_ties(dtype: torch.dtype) -> Tensor:
     return (blocks * steps[:, None]).to(dtype).view(1, -1, 2, 64).to(DEVICE)
 
 
-@pytest.mark.parametrize("form", atoms.E2M1)
-@pytest.mark.parametrize("dtype, via", [(BF16, "div"), (BF16, "mul"), (FP16, "div")])
+@pytest.mark.parametrize(
+    "dtype, via, form",
+    [*((BF16, "div", f) for f in atoms.E2M1), (BF16, "mul", "kept"), (FP16, "div", "turned 0")],
+)
 def test_fake_fp4(dtype, via, form):
     """Every code, tie and zero; NaN, infinity, blocks of zeros, under the floor and without one."""
     x = codes_and_ties(dtype)
