@@ -55,7 +55,7 @@ def _sign(g: Term | None, v: Term) -> bool:
         return True
     with compat.outside_compilation():
         found = _run(g, {v: every(_source(v))})
-    return found is not None and bool(((found == found.sign()) | found.isnan()).all())
+        return found is not None and bool(((found == found.sign()) | found.isnan()).all())
 
 
 def _power_of_two(s: Term) -> bool:
