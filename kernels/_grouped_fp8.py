@@ -13,9 +13,9 @@ from . import inv_rope_quant as rope
 from ._grouped import grouped_fp8_kernel
 from ._launch import wrap_triton
 from ._projection import TILES, allocate, check, columns_of, output, product, weights
+from ._strategies import LANES
 
 BF16_ROWS = "the products of single groups come as dense rows of bf16"
-LANES = 512  # of a group by itself, or a multiple: cuBLAS reads the scales of four blocks at once
 
 
 def _check(o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor) -> None:

@@ -16,6 +16,8 @@ import torch
 
 from dsv4fuse import compat
 
+LANES = 512  # of a group by itself, or a multiple: cuBLAS reads the scales of four blocks at once
+
 
 @functools.cache
 def measured(fusion: str) -> dict[str, Any]:

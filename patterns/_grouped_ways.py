@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from dsv4fuse.kernels._grouped_fp8 import LANES
-from dsv4fuse.kernels._strategies import choose
+from dsv4fuse.kernels._strategies import LANES, choose
 from dsv4fuse.patterns._grouped import Rows, Weight
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
