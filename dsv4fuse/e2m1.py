@@ -1,8 +1,9 @@
 """fp4 (e2m1) known by what is computed, for PyTorch has no arithmetic in it.
 
 People compare with midpoints, look up tables, or round what they divide by a power of two. Each is
-a function of ``v = x / s``, with s a power of two and x of 16 bits: v then has as few bits as x. So
-the term is run on every such value. One that gives ``atoms.e2m1`` on all becomes ``e2m1(v, form)``.
+a function of ``v = x / s``, with s a power of two and x of 16 bits: v then has as few bits as x, at
+any exponent. So the term is run on every such value. One that gives ``atoms.e2m1`` on all becomes
+``e2m1(v, form)``.
 """
 
 from __future__ import annotations
@@ -108,8 +109,9 @@ def _source(v: Term) -> torch.dtype:
 
 @functools.cache
 def every(dtype: torch.dtype) -> Tensor:
-    """fp32: the 2^16 values of a 16-bit dtype, and the powers of two beyond."""
-    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    """fp32: all with as few significant bits as a dtype has, and all powers of two."""
+    spare = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    x = (torch.arange(1 << (32 - spare)) << spare).to(torch.int32).view(torch.float32)
     powers = torch.exp2(torch.arange(-149.0, 128.0))
     return torch.cat((x, powers, -powers))
 

@@ -1,9 +1,8 @@
 """Where a kernel writes a row of each token: a cache write seen from the value's producer.
 
 Kernels address a cache ``[N, D]`` by ``slot`` and ``[P, N, D]`` (which may have an axis for its one
-head behind P) by ``seq`` and ``slot``, each an
-index tensor ``[batch, sequence]`` or a start from which it counts along the sequence (slot) or the
-batch (seq).
+head behind P) by ``seq`` and ``slot``, each an index tensor ``[batch, sequence]`` or a start from
+which it counts along the sequence (slot) or the batch (seq).
 """
 
 from __future__ import annotations

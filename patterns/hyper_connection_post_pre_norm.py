@@ -2,7 +2,7 @@
 
 Scope: a ``hyper_connection_post`` whose new streams a ``hyper_connection_pre`` with its norm reads,
 in any spelling of either, both in the streams' dtype; the new streams stay an output, as the next
-sublayer's own post reads them. One node instead of two, and one reading of the streams less.
+sublayer's own post reads them. One node instead of two; the launches are those of the two.
 Source: DeepSeek-V4's hc_post, hc_pre.
 """
 

@@ -13,7 +13,7 @@ Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
 log = logging.getLogger(__name__)
 
 
-def compile_all(sites: Sequence[Site], workers: int, progress: Callable[[str, int], None]) -> None:
+def compile_all(sites: Sequence[Site], workers: int, progress: Callable[[str], None]) -> None:
     """Compiles each site, ours and Inductor's, and runs it once. What fails here fails again,
     with its reason, where it is timed."""
     context = multiprocessing.get_context("spawn")
@@ -21,7 +21,7 @@ def compile_all(sites: Sequence[Site], workers: int, progress: Callable[[str, in
         running = {pool.submit(_compile, site): site for site in sites}
         for done in as_completed(running):
             name, variant, _, tokens = running[done]
-            progress(f"compiled: {name} ({variant}), {tokens} tokens", len(sites))
+            progress(f"compiled: {name} ({variant}), {tokens} tokens")
             if (error := done.exception()) is not None:
                 log.info("%s (%s) at %s tokens", name, variant, tokens, exc_info=error)
 

@@ -175,17 +175,19 @@ def run(
     """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``),
     after each row, so that a run that is cut short has what it has measured.
 
-    ``progress`` is called before each row with its name and the number of all rows. More than one
-    of ``workers``: so many processes compile all rows before the first is timed.
+    ``progress`` is called before each row with its name and the number of all steps. More than one
+    of ``workers``: so many processes compile all rows before the first is timed, a step each.
     """
     console, rows, wrong = Console(), list[Row](), list[str]()
     sites, made_on = list(_sites(names, tokens)), environment()
+    steps = len(models) * len(sites) * (2 if workers > 1 else 1)
     if workers > 1:
-        compile_all([(n, v, m, t) for m in models for n, v, t in sites], workers, progress)
+        every = [(n, v, m, t) for m in models for n, v, t in sites]
+        compile_all(every, workers, lambda text: progress(text, steps))
     for model in models:
         table = Table(*TITLES, title=model)
         for name, variant, t in sites:
-            progress(f"{name} ({variant}), {t} tokens", len(models) * len(sites))
+            progress(f"{name} ({variant}), {t} tokens", steps)
             try:
                 row = measure(name, variant, model, t)
             except Exception as error:  # one that cannot run does not hold up the others
