@@ -63,7 +63,9 @@ def forget() -> None:
 
 
 def said(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type."""
+    """The first line of an error's message, or the name of its type; of a compilation's error that
+    of the backend."""
+    error = getattr(error, "inner_exception", error)
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

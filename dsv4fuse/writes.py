@@ -97,8 +97,8 @@ def _write(node: fx.Node, cache: fx.Node, home: fx.Node) -> Write | None:
 
 def rows_of(cache: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """``[N, D]`` or ``[P, N, D]``: the shape of a cache, without an axis for its one head."""
-    shape = shape_of(cache)
-    return (shape[0], *shape[2:]) if len(shape) == 4 and shape[1] == 1 else tuple(shape)
+    lead, *rest = cache.meta["val"].shape
+    return (lead, *rest[1:]) if len(rest) == 3 and shape_of(cache)[1] == 1 else (lead, *rest)
 
 
 def _flat(node: fx.Node, cache: fx.Node) -> fx.Node | None:

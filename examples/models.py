@@ -40,6 +40,15 @@ def hf(
     return _hf_decode(model, tokens)
 
 
+def hf_prompt(
+    size: str = "tiny", layers: int = 4, experts: int = 8, batch: int = 1, length: int = 48,
+    device: str = "cpu",
+) -> Made:  # fmt: skip
+    """A prefill of ``hf`` as ``generate`` calls it: the last token's logits alone."""
+    model, args, kwargs = hf(size, layers, experts, batch, length, False, device)
+    return model, args, {**kwargs, "logits_to_keep": 1}
+
+
 def _hf_decode(model: Any, tokens: Tensor) -> Made:
     from dsv4fuse.models.hf import StaticV4Cache
 

@@ -38,11 +38,12 @@ class Plan:
 
 # All that is compiled; the first plan that holds the sizes is taken. A narrow window with what
 # follows it fits the registers of one program. Wide ones are cut into columns, so that an entry
-# keeps many multiprocessors busy, each with all rows of its columns; where so few requests are
-# decoded that most steps close none, one program does each, a few rows at a time, and nothing waits
-# for a second launch. Measured on an H200 at 128 and 512 channels, which the models have; with
-# "every", 2 warps beat 4 by a factor of 5.
-FEW = 8  # requests
+# keeps many multiprocessors busy, each with all rows of its columns. One program does each, a few
+# rows at a time, and nothing waits for a second launch, where so few requests are decoded that most
+# steps close none, and where there are enough of them for all multiprocessors. Measured on an H200
+# at 128 and 512 channels, which the models have; with "every", 2 warps beat 4 by a factor of 5.
+FEW, MANY = 8, 64  # requests
+WHOLE = Launch(0, 8, 2)
 CUT = ((64, Launch(32, 4)), (None, Launch(64, 4)))
 PLANS = (
     Plan(8, 128, True, ((None, Launch(0, 1)),)),
@@ -52,7 +53,7 @@ PLANS = (
     Plan(8, 1024, True, ((None, Launch(0, 4)),)),
     Plan(8, 1024, False, ((None, Launch(0, 8)),)),
     Plan(128, 1024, True, CUT),
-    Plan(128, 512, False, ((FEW, Launch(0, 8, 4, 2)), (None, Launch(32, 4)))),
+    Plan(128, 512, False, ((FEW, WHOLE), (MANY, Launch(32, 4)), (None, WHOLE))),
     Plan(128, 1024, False, CUT),
 )
 FINISH_WARPS = 1

@@ -198,6 +198,19 @@ def test_every_compilation_counts(own, tmp_path):
     assert run.taken["clamp_swiglu_quant"] == run.of("dsv4fuse").compilations
 
 
+@pytest.mark.slow
+def test_layer_by_layer(tmp_path):
+    """Of one kind two layers share a graph; embedding, head and norm stay as they are."""
+    file = tmp_path / "kept.json"
+    sizes = ("--layers", 3, "--experts", 4, "--length", 12)
+    (run,), printed = measured("--model", "plain", "--decode", *sizes, "--regional", file=file)
+    eager, fused = run.profiles
+    assert run.regional and run.title.endswith(", layer by layer")
+    assert 0 < run.taken["norm_rope_cache"] and "hyper_head" not in run.taken
+    assert fused.launches < eager.launches and fused.error < 0.02
+    assert bench("--e2e", "--from", file).stdout == printed
+
+
 @pytest.mark.long
 def test_against_inductor_alone(own, tmp_path):
     arguments = ("--model", f"{own}:small", "--ways", "inductor,dsv4fuse")
@@ -210,6 +223,7 @@ def test_against_inductor_alone(own, tmp_path):
     (["--e2e", "moe_router"], "neither fusions nor --tokens"),
     (["--e2e", "--tokens", "1"], "neither fusions nor --tokens"),
     (["--layers", "2", "--ways", "eager"], "Only --e2e knows --layers, --ways."),
+    (["--regional"], "Only --e2e knows --regional."),
     (["--e2e", "--ways", "eager,fast"], "not fast"),
     (["--e2e", "--model", "no.such:model"], "There is no module 'no'"),
     (["--e2e", "--model", "plain", "--options", '{"selct": 1}'], "Did you mean 'select'?"),
@@ -220,6 +234,11 @@ def test_against_inductor_alone(own, tmp_path):
 def test_what_is_refused(arguments, says):
     result = bench(*arguments)
     assert result.exit_code == 2 and says in result.stderr
+
+
+def test_no_layers_to_compile(own):
+    result = bench("--e2e", "--model", f"{own}:small", "--regional")
+    assert result.exit_code == 2 and "the layers of a ModuleList" in result.stderr
 
 
 def test_an_input_that_the_model_cannot_take(own):

@@ -370,7 +370,8 @@ def test_every_launch(monkeypatch, form, launch):
 
 
 def calls(small):
-    windows, ring, cache = small(2, small.length, 4, 128), small(2, 9, 128), small(2, 3000, 128)
+    windows, ring = small(2, small.length, 4, 128), small(2, 9, 128)
+    cache = small(2, 4 * small.length, 128)  # slots from -length to 3 * length, each row once
     how = dict(pool_rounding="once", pool_dtype=torch.bfloat16, eps=1e-6, norm="once",
                rope_rounding="once")  # fmt: skip
     cos, sin, slot = small.cos, small.sin, small.slot

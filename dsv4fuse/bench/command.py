@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +54,9 @@ Length = Annotated[
     int | None, typer.Option(min=1, help="With --e2e: tokens of a prompt, or behind a decode step.")
 ]
 New = Annotated[int | None, typer.Option(min=1, help="With --e2e: tokens of a decode step.")]
+Regional = Annotated[
+    bool, typer.Option("--regional", help="With --e2e: compile each layer for itself.")
+]
 Ways = Annotated[
     str, typer.Option(help="With --e2e: of eager,inductor,dsv4fuse; no inductor without a GPU.")
 ]
@@ -78,6 +81,7 @@ def bench(
     batch: Batch = None,
     length: Length = None,
     new: New = None,
+    regional: Regional = False,
     ways: Ways = "",
     options: Options = "",
     workers: Workers = 1,
@@ -87,14 +91,16 @@ def bench(
              "new": new, "decode": decode}  # fmt: skip
     asked = {name: value for name, value in sizes.items() if value is not None}
     if not e2e:
-        if asked or ways or options:
-            given = [*asked, *["ways"] * bool(ways), *["options"] * bool(options)]
+        others = {"regional": regional, "ways": ways, "options": options}
+        if given := [*asked, *(name for name, value in others.items() if value)]:
             fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
         _fusions(fusions or [], model or ["flash"], tokens, json_path, plot, measured, workers)
     elif fusions or tokens:
         fail("--e2e measures whole models: it takes neither fusions nor --tokens.", 2)
     else:
-        _models(model or list(SHORT), asked, ways, options, json_path, plot, measured)
+        measuring = functools.partial(_measured, asked=asked, regional=regional, ways=ways,
+                                      options=options)  # fmt: skip
+        _models(model or list(SHORT), measuring, json_path, plot, measured)
 
 
 def _fusions(
@@ -195,7 +201,7 @@ def _draw(draw: Any, found: list[Any], made_on: dict[str, Any], file: str) -> No
 
 
 def _models(
-    names: list[str], asked: dict[str, Any], ways: str, options: str, json_path: str, plot: str,
+    names: list[str], measuring: Callable[[list[str]], Iterator[Any]], json_path: str, plot: str,
     measured: list[str] | None,
 ) -> None:  # fmt: skip
     from dsv4fuse.bench import machine, models, models_plot, models_table
@@ -208,7 +214,7 @@ def _models(
     else:
         runs, made_on = [], machine.environment()
         try:
-            for run in _measured(names, asked, ways, options):
+            for run in measuring(names):
                 runs.append(run)
                 if json_path:  # after each: the next one may take the machine down
                     models.save(runs, made_on, pathlib.Path(json_path))
@@ -224,7 +230,9 @@ def _models(
         fail("dsv4fuse could not run everything; the table says why.", 1)
 
 
-def _measured(names: list[str], asked: dict[str, Any], ways: str, options: str) -> Iterator[Any]:
+def _measured(
+    names: list[str], asked: dict[str, Any], regional: bool, ways: str, options: str
+) -> Iterator[Any]:
     """Each step of each model, measured when it is asked for."""
     import torch
 
@@ -249,7 +257,8 @@ def _measured(names: list[str], asked: dict[str, Any], ways: str, options: str) 
                 advance(f"{what}, {way}", len(plans) * len(chosen))
 
             make = functools.partial(build, SHORT.get(name, name), **sizes)
-            yield models.run(make, chosen, given, show, model=name, step=step, sizes=shown)
+            yield models.run(make, chosen, given, show, regional, model=name, step=step,
+                             sizes=shown)  # fmt: skip
 
 
 def _steps(factory: str, asked: dict[str, Any], gpu: bool) -> list[tuple[str, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from dsv4fuse.bench import registers
 from dsv4fuse.bench.ahead import compile_all
 from dsv4fuse.bench.machine import environment
 from dsv4fuse.fusion import Example, Sizes, registry
+from dsv4fuse.verify import said
 
 MODELS = {
     "flash": Sizes(),
@@ -191,8 +192,7 @@ def run(
             try:
                 row = measure(name, variant, model, t)
             except Exception as error:  # one that cannot run does not hold up the others
-                said = (str(error).strip().splitlines() or [repr(error)])[0]
-                wrong.append(f"{name} ({variant}) at {t} tokens: {said}")
+                wrong.append(f"{name} ({variant}) at {t} tokens: {said(error)}")
                 continue
             rows.append(row)
             if path is not None:

@@ -69,7 +69,8 @@ class Profile:
 @dataclass(frozen=True)
 class Run:
     """A step of a model in several ways. ``sizes``: what its factory was asked for; ``tokens``:
-    how many the step takes; ``taken``: sites by fusion; ``sites``: all, without their source."""
+    how many the step takes; ``regional``: each layer was compiled for itself; ``taken``: sites by
+    fusion; ``sites``: all, without their source."""
 
     model: str
     step: str
@@ -77,13 +78,15 @@ class Run:
     options: Mapping[str, Any]
     profiles: tuple[Profile, ...]
     tokens: int | None = None
+    regional: bool = False
     taken: Mapping[str, int] = field(default_factory=dict)
     sites: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
         sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
-        return f"{self.step or 'a call'} of {self.model}" + f" ({sizes})" * bool(sizes)
+        how = ", layer by layer" * self.regional
+        return f"{self.step or 'a call'} of {self.model}" + f" ({sizes})" * bool(sizes) + how
 
     def of(self, way: str) -> Profile | None:
         return next((p for p in self.profiles if p.name == way), None)
@@ -95,10 +98,12 @@ def run(
     ways: Sequence[str] = WAYS,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda way: None,
+    regional: bool = False,
     **about: Any,
 ) -> Run:
     """``make`` is called for each way and returns (model, args, kwargs); ``about`` are further
-    fields of the Run. Raises OptionError for options that there are none of."""
+    fields of the Run. ``regional`` compiles each of the model's layers for itself. Raises
+    OptionError for options that there are none of, FactoryError for a model without layers."""
     backend.parse(options)
     profiles: list[Profile] = []
     wanted: tuple[str, list[Tensor]] | None = None
@@ -107,14 +112,14 @@ def run(
         _start_inductor()
     for way in ways:
         progress(way)
-        step = _Step(make, way, options or {}, report)
+        step = _Step(make, way, options or {}, report, regional)
         profiles.append(step.profile(wanted))
         wanted, tokens = wanted or step.outputs, tokens or step.tokens
         del step
     sites = tuple(_kept(site) for site in report.sites)
     return Run(
         **about, options=dict(options or {}), profiles=tuple(profiles), tokens=tokens,
-        taken=report.counts(), sites=sites,
+        regional=regional, taken=report.counts(), sites=sites,
     )  # fmt: skip
 
 
@@ -122,9 +127,11 @@ class _Step:
     """One way while it is measured: what was found so far outlives what then fails."""
 
     def __init__(
-        self, make: Callable[[], Made], way: str, options: Mapping[str, Any], report: Report
-    ) -> None:
+        self, make: Callable[[], Made], way: str, options: Mapping[str, Any], report: Report,
+        regional: bool,
+    ) -> None:  # fmt: skip
         self.make, self.way, self.options, self.report = make, way, options, report
+        self.regional = regional
         self.found: dict[str, Any] = {}
         self.outputs: tuple[str, list[Tensor]] | None = None
         self.tokens: int | None = None
@@ -151,7 +158,7 @@ class _Step:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_gpu = any(x.is_cuda for x in tensors)
         self.tokens = next((x.numel() for x in tensors if x.dtype == torch.int64), None)
-        fn = _compiled(model, self.way, self.options)
+        fn = _compiled(model, self.way, self.options, self.regional)
         call = lambda: fn(*args, **kwargs)  # noqa: E731
         values = self._compile(call, on_gpu)
         self.outputs = self.way, values
@@ -200,12 +207,28 @@ def _start_inductor() -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
 
 
-def _compiled(model: Callable[..., Any], way: str, options: Mapping[str, Any]) -> Any:
+def _compiled(
+    model: Callable[..., Any], way: str, options: Mapping[str, Any], regional: bool
+) -> Any:
     if way == "eager":
         return model
-    if way == "inductor":
-        return torch.compile(model)
-    return torch.compile(model, backend=backend.dsv4fuse, options=dict(options))
+    how: dict[str, Any] = {"backend": backend.dsv4fuse, "options": dict(options)}
+    how = {} if way == "inductor" else how
+    if not regional:
+        return torch.compile(model, **how)
+    for layer in _layers(model):
+        layer.compile(**how)
+    return model
+
+
+def _layers(model: Callable[..., Any]) -> torch.nn.ModuleList:
+    """The outermost list of modules in a model, or in that whose method it is."""
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    found = next((m for m in modules if isinstance(m, torch.nn.ModuleList)), None)
+    if found is None:
+        raise FactoryError("--regional compiles the layers of a ModuleList; the model has none.")
+    return found
 
 
 def _forget() -> None:
