@@ -185,6 +185,10 @@ SPELLINGS |= {
     for name, write in (DECODE | PREFILL).items() if len(write.rows) == 2
 }  # fmt: skip
 SPELLINGS |= {f"pages: {name}": kv_case(write) for name, write in PAGES.items()}
+SPELLINGS |= {
+    "write: slots, a cache of any size": kv_case(FLAT["slots"], dynamic={4: (0,)}),
+    "pages: view, a cache of any size": kv_case(PAGES["view"], dynamic={4: (0, 1)}),
+}
 SPELLINGS |= {f"write: one head, {name}": kv_case(write) for name, write in ONE_HEAD.items()}
 for _name, _pieces in _quants.VARIANTS.items():
     SPELLINGS[f"fake quant: {_name}"] = kv_case(
