@@ -6,7 +6,8 @@ binding. Equal regions are checked once a process.
 
 A candidate promises to be what the module computes, in the order of its roundings ("eager"), or to
 be as near to exact arithmetic as the module is ("exact"): then both are compared with the region
-in fp64. A region whose own run does not fit into free memory is taken as proved by its terms.
+in fp64. A region whose run, in fp64 where that is asked, does not fit into free memory is taken as
+proved by its terms.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ UNCHECKED = "It is proved by its terms; the unfused region is too large to run f
 
 
 def too_large(candidate: Candidate, region: list[fx.Node]) -> bool:
-    """Would the unfused region not fit into the free memory of its device?"""
-    device = candidate.root.meta["val"].device
-    return not exact.fits(region, samples.leaves(candidate, region), device, wide=False)
+    """Would the run that the fused op is compared with not fit into the device's free memory?"""
+    device, wide = candidate.root.meta["val"].device, candidate.judged == "exact"
+    return not exact.fits(region, samples.leaves(candidate, region), device, wide)
 
 
 def _checked(candidate: Candidate, region: list[fx.Node], numerics: str) -> str | None:
@@ -107,9 +108,7 @@ def _check(
         return "No random input has a single right result to compare with."
     with compat.exact_products():
         wanted = exact.run(region, dict(made), ends)
-    if candidate.judged == "exact" and exact.fits(
-        region, outer, candidate.root.meta["val"].device, wide=True
-    ):
+    if candidate.judged == "exact":
         true = exact.truth(region, dict(made), ends)
     inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
     with compat.as_in_graphs(candidate.root.meta["val"].device):

@@ -20,13 +20,21 @@ MASKS = {"add": 1, "allowed": 2, "hidden": 3}
 
 @dataclass(frozen=True)
 class Shape:
-    """A launch shape: keys per tile, warps, stages of the loads' pipeline."""
+    """A launch shape: keys per tile, warps, stages of the loads' pipeline; rows of a program, which
+    are heads of one query, or of several where that many heads are not there."""
 
     block: int
     warps: int
     stages: int
+    rows: int = 64
 
 
+# By the count of tiles of 64 keys that all queries read. Few are latency: a query's heads in four
+# programs. Beyond that 64 rows share a tile; Hopper's 227 KiB hold them and two tiles of 64 keys.
+SHAPES: tuple[tuple[int | None, Shape], ...] = (
+    (64, Shape(block=32, warps=4, stages=2, rows=16)),
+    (None, Shape(block=64, warps=8, stages=2)),
+)
 PROGRAMS = 132  # SMs of the GPU that was measured: fewer programs than that split their keys
 LISTED = (32, 8)  # from so many blocks of tokens and tiles on, the live tiles are listed first
 
@@ -40,10 +48,16 @@ class Mask:
     fill: float = -math.inf
 
 
-def tiling(heads: int, own_keys: bool) -> tuple[int, int]:
-    """(tokens, heads) per program: 64 rows where a token's keys may be another's too."""
-    width = min(64, triton.next_power_of_2(heads))
-    return (1 if own_keys else 64 // width), max(width, 16) if own_keys else width
+def shape_for(queries: int | torch.SymInt, keys: int | torch.SymInt) -> Shape:
+    """The launch shape for so many queries (batch × sequence) of so many keys each."""
+    count = common.size_hint(queries) * common.size_hint(cdiv(keys, 64))
+    return next(shape for bound, shape in SHAPES if bound is None or count <= bound)
+
+
+def tiling(rows: int, heads: int, own_keys: bool) -> tuple[int, int]:
+    """(tokens, heads) per program: ``rows`` where a token's keys may be another's too."""
+    width = min(rows, triton.next_power_of_2(heads))
+    return (1 if own_keys else rows // width), max(width, 16) if own_keys else width
 
 
 def splits_for(programs: int | torch.SymInt, tiles: int | torch.SymInt) -> int:
@@ -86,16 +100,17 @@ class Keys:
 
 
 def launch(
-    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor, shape: Shape, *,
-    scale: float, rounded: str, wide: bool, nan_empty: bool,
+    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor, *, scale: float,
+    rounded: str, wide: bool, nan_empty: bool,
 ) -> None:  # fmt: skip
     """q and out ``[B,S,H,D]``, sinks ``[H]``; the rest as the ops' docstrings have it."""
     batch, length, heads, d = q.shape
     common.require_static(head_dim=d, heads=heads)
-    tokens, width = tiling(heads, keys.own)
+    count = 0 if keys.index is None else keys.index.shape[2]
+    shape = shape_for(batch * length, keys.near + count)
+    tokens, width = tiling(shape.rows, heads, keys.own)
     blocks, tiles = cdiv(length, tokens), cdiv(keys.near, shape.block)
     programs = batch * blocks * cdiv(heads, width)
-    count = 0 if keys.index is None else keys.index.shape[2]
     splits = splits_for(programs, tiles + cdiv(count, shape.block))
     lanes, step = max(16, triton.next_power_of_2(d)), 128
     shared = dict(

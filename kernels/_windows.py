@@ -25,6 +25,9 @@ class Launch:
     stages: int = 1
 
 
+Launches = tuple[tuple[int | None, Launch], ...]  # bound on the count of windows → launch
+
+
 @dataclass(frozen=True)
 class Plan:
     """Windows of up to ``width`` rows (those before included), entries of up to ``dim`` channels,
@@ -33,15 +36,17 @@ class Plan:
     width: int
     dim: int
     every: bool
-    launches: tuple[tuple[int | None, Launch], ...]  # bound on the count of windows → launch
+    launches: Launches
+    decoding: Launches = ()  # where of several tokens at most one wants a window, often none
 
 
 # All that is compiled; the first plan that holds the sizes is taken. A narrow window with what
 # follows it fits the registers of one program. Wide ones are cut into columns, so that an entry
-# keeps many multiprocessors busy, each with all rows of its columns. One program does each, a few
-# rows at a time, and nothing waits for a second launch, where so few requests are decoded that most
-# steps close none, and where there are enough of them for all multiprocessors. Measured on an H200
-# at 128 and 512 channels, which the models have; with "every", 2 warps beat 4 by a factor of 5.
+# keeps many multiprocessors busy, each with all rows of its columns. In a decode step one program
+# does each, a few rows at a time, and nothing waits for a second launch, where there are so few
+# requests that most steps close none, and where there are enough for all multiprocessors. Measured
+# on an H200 at 128 and 512 channels, which the models have; with "every", 2 warps are five times as
+# fast as 4.
 FEW, MANY = 8, 64  # requests
 WHOLE = Launch(0, 8, 2)
 CUT = ((64, Launch(32, 4)), (None, Launch(64, 4)))
@@ -53,7 +58,7 @@ PLANS = (
     Plan(8, 1024, True, ((None, Launch(0, 4)),)),
     Plan(8, 1024, False, ((None, Launch(0, 8)),)),
     Plan(128, 1024, True, CUT),
-    Plan(128, 512, False, ((FEW, WHOLE), (MANY, Launch(32, 4)), (None, WHOLE))),
+    Plan(128, 512, False, CUT, ((FEW, WHOLE), (MANY, Launch(32, 4)), (None, WHOLE))),
     Plan(128, 1024, False, CUT),
 )
 FINISH_WARPS = 1
@@ -131,13 +136,9 @@ def check(
 
 
 def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:
-    """The launch for that many windows, of the plan for those sizes; raises ValueError.
-
-    ``decoding``: of several tokens for each window at most one is wanted, often none.
-    """
+    """The launch for that many windows, of the plan for those sizes; raises ValueError."""
     common.require_static(width=z.width, head_dim=z.dim, rope_dim=z.half)
     common.require(z.width & (z.width - 1) == 0 < z.width, f"{z.width} rows: not a power of two")
-    count = common.size_hint(windows)
-    count = count if decoding else max(count, FEW + 1)
-    launches = plan(z.width + z.before, z.dim, z.every).launches
+    count, found = common.size_hint(windows), plan(z.width + z.before, z.dim, z.every)
+    launches = (decoding and found.decoding) or found.launches
     return next(chosen for bound, chosen in launches if bound is None or count <= bound)

@@ -36,10 +36,7 @@ from torch.library import triton_op
 
 from . import _attention as attention
 from . import _common as common
-from ._attention import Keys, Mask, Shape
-
-# By the count of queries (batch × sequence): Hopper's 227 KiB hold q and two tiles of 64 keys.
-SHAPES: tuple[tuple[int | None, Shape], ...] = ((None, Shape(block=64, warps=8, stages=2)),)
+from ._attention import Keys, Mask
 
 
 def check(q: Tensor, kv: Tensor, mask: Tensor | None, mask_kind: str, sinks: Tensor) -> None:
@@ -119,12 +116,6 @@ def as_mask(mask: Tensor | None, kind: str, fill: float | None) -> Mask | None:
     return None if mask is None else Mask(mask, kind, -math.inf if fill is None else fill)
 
 
-def shape_for(table: tuple[tuple[int | None, Shape], ...], q: Tensor) -> Shape:
-    """The launch shape for q's count of queries."""
-    count = common.size_hint(q.shape[0] * q.shape[1])
-    return next(shape for bound, shape in table if bound is None or count <= bound)
-
-
 @triton_op("dsv4fuse::sink_attention", mutates_args=())
 def sink_attention(
     q: Tensor, kv: Tensor, mask: Tensor | None, sinks: Tensor, *, scale: float,
@@ -139,8 +130,8 @@ def sink_attention(
                          heads_first=heads_first)
     out = allocate(q, out_dtype, heads_first)
     attention.launch(
-        q, Keys(kv), as_mask(mask, mask_kind, fill), sinks, out, shape_for(SHAPES, q), scale=scale,
-        rounded=rounded, wide=wide, nan_empty=nan_empty,
+        q, Keys(kv), as_mask(mask, mask_kind, fill), sinks, out, scale=scale, rounded=rounded,
+        wide=wide, nan_empty=nan_empty,
     )  # fmt: skip
     return out
 

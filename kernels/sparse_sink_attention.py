@@ -25,10 +25,8 @@ from torch.library import triton_op
 from . import _attention as attention
 from . import _common as common
 from . import sink_attention as dense
-from ._attention import Keys, Shape
+from ._attention import Keys
 from .sink_attention import allocate, as_mask
-
-SHAPES: tuple[tuple[int | None, Shape], ...] = ((None, Shape(block=64, warps=8, stages=2)),)
 
 
 def _check(
@@ -86,8 +84,8 @@ def sparse_sink_attention(
     out = allocate(q, out_dtype, heads_first)
     keys = Keys(None if near is None else near.unsqueeze(1), far, index, page, wrap)
     attention.launch(
-        q, keys, as_mask(mask, mask_kind, fill), sinks, out, dense.shape_for(SHAPES, q),
-        scale=scale, rounded=rounded, wide=wide, nan_empty=nan_empty,
+        q, keys, as_mask(mask, mask_kind, fill), sinks, out, scale=scale, rounded=rounded,
+        wide=wide, nan_empty=nan_empty,
     )  # fmt: skip
     return out
 

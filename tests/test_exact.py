@@ -85,6 +85,13 @@ def test_too_large_is_taken_and_said(monkeypatch, nothing_verified):
     assert verify.UNCHECKED in site.reason
 
 
+def test_too_large_in_fp64_is_not_judged_by_its_own_rounding(monkeypatch, nothing_verified):
+    """What is only as near to exact arithmetic as the module may be two roundings apart from it."""
+    monkeypatch.setattr(exact, "fits", lambda region, leaves, device, wide: not wide)
+    (site,) = _sites(monkeypatch, 3.0).with_status("taken")
+    assert verify.UNCHECKED in site.reason
+
+
 def test_a_slice_of_lanes_is_not_the_whole():
     graph = compat.trace(lambda x: (x * 2)[..., :3] + 1, [((4, 6), torch.float32)])
     scene = Scene(graph)

@@ -321,7 +321,7 @@ def test_the_plans_are_what_is_launched():
     """Every plan is the one chosen at its own size; what is larger is refused in a sentence."""
     for plan in windows.PLANS:
         assert windows.plan(plan.width, plan.dim, plan.every) is plan
-        assert plan.launches[-1][0] is None
+        assert all(way[-1][0] is None for way in (plan.launches, plan.decoding) if way)
     with pytest.raises(ValueError, match="is larger than 128 of 1024"):
         windows.plan(256, 512, False)
     given = strided(1, 2, (4, 4, 64))
@@ -330,10 +330,11 @@ def test_the_plans_are_what_is_launched():
 
 
 LAUNCHES = sorted(
-    {launch for plan in windows.PLANS for _, launch in plan.launches if not plan.every}
+    {launch for plan in windows.PLANS if not plan.every
+     for _, launch in (*plan.launches, *plan.decoding)}
     | {windows.Launch(0, 4, 2, 2, 3), windows.Launch(32, 4, 4)},
     key=repr,
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)

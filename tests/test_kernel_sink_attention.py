@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from dsv4fuse.kernels import _attention as attention
 from dsv4fuse.kernels import sink_attention as dense
-from dsv4fuse.kernels import sparse_sink_attention as sparse
-from dsv4fuse.kernels._attention import Shape
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,15 +17,17 @@ from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand
 
 pytestmark = MARKS
 INF = math.inf
-SMALL = Shape(block=16, warps=4, stages=2)
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    """Several tiles on few keys: interpreted tiles of 64 rows and keys take seconds."""
-    if not GPU:
-        monkeypatch.setattr(dense, "SHAPES", ((None, SMALL),))
-        monkeypatch.setattr(sparse, "SHAPES", ((None, SMALL),))
+LAUNCHED = [shape for _, shape in attention.SHAPES]
+# Interpreted, a tile of 64 rows and keys takes seconds: of few, several tiles.
+SMALL = [dataclasses.replace(LAUNCHED[0], block=16)]
+
+
+@pytest.fixture(autouse=True, params=LAUNCHED if GPU else SMALL, ids=lambda s: f"{s.rows} rows")
+def _one_shape(request, monkeypatch):
+    """Each launch shape, whatever the sizes."""
+    monkeypatch.setattr(attention, "SHAPES", ((None, request.param),))
 
 
 def exact(q: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
@@ -220,6 +221,7 @@ def test_any_sizes_and_masks(data):
      ({"q": FP32}, "16"), ({"d": 520}, "head_dim must be")],
 )  # fmt: skip
 def test_messages(change, sentence):
+    change = dict(change)
     d = change.pop("d", 32)
     q, kv = rand(1, 2, 4, d, dtype=change.pop("q", BF16)), rand(1, 1, 8, d)
     with pytest.raises(ValueError, match=sentence):
