@@ -95,6 +95,8 @@ def dsv4fuse(
     register_ops()
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        compat.start_workers()  # they take seconds to start
     if compat.will_be_differentiated(gm, example_inputs):
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)

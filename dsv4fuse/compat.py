@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import torch
@@ -66,6 +67,24 @@ def as_in_graphs(device: torch.device) -> contextlib.AbstractContextManager[Any]
     """On a CPU what runs is spelled as in a graph at our hook: torch's own softmax and softplus
     there differ from their decompositions by more than a sum's order does. Elsewhere nothing."""
     return _Decomposed() if device.type == "cpu" else contextlib.nullcontext()
+
+
+class _Bodies(TorchDispatchMode):
+    """An op of ours called with fake tensors is its body, launches and all, not its fake."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "dsv4fuse":
+            return func(*args, **(kwargs or {}))
+        with self:
+            return func.redispatch(_CUDA, *args, **(kwargs or {}))
+
+
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def bodies_of_ops() -> contextlib.AbstractContextManager[Any]:
+    """Inside, ops of ours called with fake tensors on a GPU make their launches."""
+    return _Bodies()
 
 
 def trace(
@@ -234,3 +253,29 @@ def fresh_caches() -> contextlib.AbstractContextManager[None]:
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
+
+
+def start_workers() -> bool:
+    """Starts torch's compile workers, as its own backend does, unless they run. False where there
+    are none to be (TORCHINDUCTOR_COMPILE_THREADS=1).
+
+    This process then takes the ptxas that they take, if it has run none yet: its version is a part
+    of the keys of Triton's cache.
+    """
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+    if get_compile_threads() < 2:
+        return False
+    _set_triton_ptxas_path()
+    AsyncCompile.use_process_pool()
+    return True
+
+
+def workers(patience: float) -> Any:
+    """The pool of torch's compile workers, or None if they do not run within so many seconds."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    with contextlib.suppress(futures.TimeoutError):
+        AsyncCompile.wait_pool_ready(patience)
+    return AsyncCompile.process_pool() if AsyncCompile.use_process_pool() else None

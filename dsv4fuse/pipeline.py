@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import Counter
 
@@ -15,6 +16,7 @@ from dsv4fuse.options import Options, only
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
+log = logging.getLogger("dsv4fuse")
 numbers: Counter[str] = Counter()  # of each fusion, how many sites this process has seen
 
 
@@ -34,6 +36,7 @@ def run(graph: fx.Graph, options: Options) -> Report:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
+    _compile_ahead(waiting, options)
     nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites)
@@ -59,6 +62,26 @@ def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.
     found = chaining.chained(scene, [(c, _region(scene, c)) for c in found])
     found = [dataclasses.replace(c, like=_like(scene, c)) for c in found]
     return [(c, _region(scene, c)) for c in _named(scene, found)]
+
+
+def _compile_ahead(waiting: list[tuple[Candidate, list[fx.Node]]], options: Options) -> None:
+    """The kernels of the sites that will be run, on a GPU; not of those inside a larger one."""
+    covered, run = set[fx.Node](), list[Candidate]()
+    for candidate, region in waiting:
+        outer = not covered.issuperset(region)
+        covered.update(region)
+        value = candidate.root.meta["val"]
+        if outer and value.is_cuda and candidate.unsupported is None:
+            take = select.decide(candidate, options).take
+            if take is None or take and options.verify:
+                run.append(candidate)
+    try:
+        if run:
+            from dsv4fuse import ahead  # needs Triton
+
+            ahead.compile_kernels(run, run[0].root.meta["val"].device)
+    except Exception:  # the check compiles what it launches
+        log.debug("compiling ahead", exc_info=True)
 
 
 def _planned(

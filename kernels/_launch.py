@@ -1,14 +1,24 @@
-"""Launches of kernels, and what takes their place where there is no GPU or nothing is to run."""
+"""Launches of kernels, and what takes their place: where there is no GPU or nothing is to run, and
+where kernels are compiled before they are launched, in other processes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.compiler.compiler import get_cache_invalidating_env_vars
+from triton.runtime import cache
+from triton.runtime.jit import JITFunction, MockTensor
 
 from . import _common as common
 
@@ -44,3 +54,79 @@ def wrap_triton(kernel: Any) -> Any:
     if do is not None:
         return _Replaced(kernel, do)
     return kernel if common.INTERPRET.value else torch.library.wrap_triton(kernel)
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """What a launch gives to Triton's compiler, as data: a kernel of a module, what it is
+    specialised to, and ``key``, under which Triton's cache has it in the process of the launch."""
+
+    module: str
+    name: str
+    signature: Mapping[str, Any]
+    constants: Mapping[Any, Any]
+    attributes: Mapping[Any, Any]
+    options: Mapping[str, Any]
+    target: GPUTarget
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self._key())
+
+    def source(self) -> ASTSource:
+        kernel = getattr(importlib.import_module(self.module), self.name)
+        return ASTSource(kernel, self.signature, self.constants, self.attributes)
+
+    def _key(self) -> str:
+        backend = make_backend(self.target)
+        options, env = backend.parse_options(dict(self.options)), get_cache_invalidating_env_vars()
+        key = cache.get_cache_key(self.source(), backend, options, env)
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    def on_disk(self) -> bool:
+        """Need nobody compile it?"""
+        return bool(cache.get_cache_manager(self.key).get_group(f"{self.name[:150]}.json"))
+
+    def compiled(self, folder: str) -> CompiledKernel | None:
+        """Into the cache in that folder. None where this process would compile another code than
+        that of the launch: with another ptxas or other settings."""
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = folder
+            if self._key() != self.key:
+                return None
+            return triton.compile(self.source(), target=self.target, options=dict(self.options))
+
+
+class _Described(JITFunction):  # type: ignore[misc, type-arg]
+    """A kernel that has what this process has compiled of it, and describes what it has not."""
+
+    def __init__(self, kernel: Any, found: list[Specialised]) -> None:
+        self.__dict__.update(kernel.__dict__, found=found)
+
+    def _do_compile(
+        self, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any,
+        warmup: bool,
+    ) -> None:  # fmt: skip
+        target = self.device_caches[device][2]
+        self.found.append(Specialised(
+            self.module, self.__name__, signature, constants, attributes, options.__dict__, target,
+        ))  # fmt: skip
+
+
+@contextlib.contextmanager
+def described() -> Iterator[list[Specialised]]:
+    """Inside, launches do not happen; the list grows by what Triton would have to compile for
+    them. Fake tensors will do: of a tensor only the dtype is read, and its address is taken for a
+    multiple of 16."""
+    found: list[Specialised] = []
+
+    def describe(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {name: _pointer(value) for name, value in kwargs.items()}
+        _Described(kernel, found).run(*map(_pointer, args), grid=grid, warmup=True, **named)
+
+    with instead_of_launches(describe):
+        yield found
+
+
+def _pointer(value: Any) -> Any:
+    return MockTensor(value.dtype) if isinstance(value, Tensor) else value

@@ -61,7 +61,7 @@ def test_a_kernel_that_does_not_fit():
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_interpreted_kernels_cannot_be_compiled():
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), built.building():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), built.describing():
         pass
 
 

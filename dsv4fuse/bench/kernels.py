@@ -1,7 +1,7 @@
 """What Triton makes of the kernels for a GPU that need not be here: registers, stack, seconds.
 
-Nothing is run. The ops are called with tensors on the CPU; every launch stops once its kernel is
-compiled, so results hold nothing.
+Nothing is run. The ops are called with tensors on the CPU; a launch is described and left out, so
+results hold nothing, and torch's compile workers build what was described.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import triton
@@ -24,16 +24,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dsv4fuse import ops
+from dsv4fuse import compat, ops
 from dsv4fuse.backend import dsv4fuse
-from dsv4fuse.fusion import Sizes, registry
+from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.kernels import _common as common
-from dsv4fuse.kernels._launch import instead_of_launches
+from dsv4fuse.kernels._launch import Specialised, described
 from dsv4fuse.report import FusionError
 
 assert ops  # all kernels: one imported later would take "also on a CPU" for interpreted
 # KiB of shared memory that a program may have, by ten times the compute capability.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+STARTED = 60.0  # seconds in which the compile workers are there, or are not waited for
 OPTIONS = {"select": "always", "inner": "eager", "verify": False}
 
 
@@ -84,45 +85,45 @@ class _Absent:
 
 
 @contextlib.contextmanager
-def building(capability: int = 90) -> Iterator[list[Built]]:
-    """Inside, launches on CPU tensors only compile; the list grows by what they compiled.
+def describing(capability: int = 90) -> Iterator[list[Specialised]]:
+    """Inside, launches on CPU tensors are described; the list grows by one for each.
 
-    A launch that was there before adds nothing. ``capability``: ten times the compute capability.
-    Raises RuntimeError where Triton interprets.
+    ``capability``: ten times the compute capability. Raises RuntimeError where Triton interprets.
     """
     if not isinstance(common.narrow, JITFunction):
         raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile.")
-    found: list[Built] = []
-    known = {None}
-
-    def only_compile(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        started = time.perf_counter()
-        try:
-            made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:  # of a compiler: the launches behind this one count as well
-            found.append(Built(kernel.__name__, error=_first_line(error)))
-            return
-        if made not in known:
-            known.add(made)
-            found.append(_built(made, time.perf_counter() - started))
-
     active, launched = driver._active, common.INTERPRETED
     driver.set_active(_Absent(capability))  # type: ignore[arg-type]
     common.INTERPRETED = True  # launch also on a CPU
     try:
-        with instead_of_launches(only_compile), triton.knobs.compilation.scope():
-            triton.knobs.compilation.always_compile = True
+        with described() as found:
             yield found
     finally:
         driver._active, common.INTERPRETED = active, launched
 
 
-def _built(made: Any, seconds: float) -> Built:
+def build(kernel: Specialised) -> Built | None:
+    """Compiles it anew. None where this process would compile something else."""
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made = kernel.compiled(folder)
+    except Exception as error:  # whatever a compiler raises
+        return Built(kernel.name, error=_first_line(error))
+    if made is None:
+        return None
     used = usage(made.asm["cubin"])
     return Built(
-        made.metadata.name, made.metadata.num_warps, used["REG"], used["STACK"],
-        made.metadata.shared, seconds,
+        kernel.name, made.metadata.num_warps, used["REG"], used["STACK"], made.metadata.shared,
+        time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _result(job: Future[Built | None] | None) -> Built | None:
+    """What a worker built; None if there was none, or it did not live."""
+    with contextlib.suppress(Exception):
+        return job.result() if job is not None else None
+    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -149,25 +150,38 @@ def launches(
     progress: Callable[[str, int], None] = lambda text, total: None,
 ) -> list[Launch]:  # fmt: skip
     """The kernels of each variant of these fusions (all if none), each where it is first met."""
-    found: list[Launch] = []
+    with_workers = compat.start_workers()
+    met: dict[str, tuple[tuple[str, str, int], Specialised]] = {}
     sites = [
         (name, v, t) for name in names or registry() for v in registry()[name].examples
         for t in tokens
     ]  # fmt: skip
-    with building(capability) as built, torch.no_grad():
-        for name, variant, t in sites:
-            progress(f"{name} ({variant}), {t} tokens", len(sites))
-            torch._dynamo.reset()
-            built.clear()
-            made = registry()[name].examples[variant](t, sizes, "cpu")
-            options = {**OPTIONS, "expect": {name: 1}}
-            fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
-            try:
-                fused(*made.inputs)
-            except (RuntimeError, ValueError) as error:
-                if isinstance(error, FusionError):
-                    raise  # others: behind the launch there may be what only a GPU computes
-            found += [Launch(name, variant, t, b) for b in built]
+    for site in sites:
+        name, variant, t = site
+        progress(f"{name} ({variant}), {t} tokens", len(sites))
+        example = registry()[name].examples[variant](t, sizes, "cpu")
+        for kernel in _launched(name, example, capability):
+            met.setdefault(kernel.key, (site, kernel))
+    workers = compat.workers(STARTED) if with_workers else None
+    started = [workers.submit(build, k) if workers else None for _, k in met.values()]
+    found = []
+    for job, (site, kernel) in zip(started, met.values(), strict=True):
+        progress(kernel.name, len(sites) + len(met))
+        found.append(Launch(*site, _result(job) or build(kernel)))  # type: ignore[arg-type]
+    return found
+
+
+def _launched(name: str, made: Example, capability: int) -> list[Specialised]:
+    """What the fused example launches. Raises FusionError where it is not taken."""
+    torch._dynamo.reset()
+    options = {**OPTIONS, "expect": {name: 1}}
+    fused = torch.compile(made.fn, backend=dsv4fuse, options=options, dynamic=False)
+    with describing(capability) as found, torch.no_grad():
+        try:
+            fused(*made.inputs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, FusionError):
+                raise  # others: behind the launch there may be what only a GPU computes
     return found
 
 

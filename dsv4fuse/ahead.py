@@ -1,0 +1,79 @@
+"""The kernels that the check of a graph's sites will launch, compiled at once in torch's compile
+workers: the launches then find them in Triton's cache on disk.
+
+In processes, for in threads it fails now and then (kernels/NOTES.md). Nothing depends on it: what
+no worker compiles, in time and under the launch's own key, is compiled where it is launched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from concurrent import futures
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsv4fuse import compat
+from dsv4fuse.fusion import Candidate
+from dsv4fuse.kernels._launch import Specialised, described
+
+log = logging.getLogger("dsv4fuse")
+HERE = 0.5  # seconds that a kernel takes at least; so long, for each, workers may need to start
+PATIENCE = 60.0  # seconds for all of them, of which one was seen to take four
+
+
+def compile_kernels(candidates: Iterable[Candidate], device: torch.device) -> None:
+    """Compiles, for that GPU, what the candidates launch and no cache holds yet."""
+    if not compat.start_workers():
+        return
+    missing = {k.key: k for k in kernels(candidates, device) if not k.on_disk()}
+    workers = compat.workers(HERE * len(missing)) if len(missing) > 1 else None
+    if workers is None:
+        return
+    folder = triton.knobs.cache.dir
+    started = [workers.submit(_compiled, k, folder) for k in missing.values()]
+    done, _ = futures.wait(started, PATIENCE)
+    for kernel, future in zip(missing.values(), started, strict=True):
+        error = future.exception() if future in done else "no worker was free"
+        if error is not None:
+            log.debug("%s was not compiled ahead: %s", kernel.name, error)
+
+
+def _compiled(kernel: Specialised, folder: str) -> None:
+    if kernel.compiled(folder) is None:
+        raise RuntimeError("a worker would compile it under another key")
+
+
+def kernels(candidates: Iterable[Candidate], device: torch.device) -> list[Specialised]:
+    """What the candidates launch on that GPU and this process has not compiled."""
+    alike = {_like(c): c for c in candidates}
+    with compat.outside_compilation(), described() as found:
+        for candidate in alike.values():
+            try:
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    inputs = [_fake(n, device) for n in candidate.inputs]
+                with compat.bodies_of_ops():
+                    candidate.call(*inputs)
+            except Exception:  # the check runs into it too, and says so
+                log.debug("the launches of %s", candidate.fusion, exc_info=True)
+    return found
+
+
+def _like(candidate: Candidate) -> str:
+    """Equal for candidates that launch the same kernels, but for numbers in their calls."""
+    values = [n.meta["val"] for n in candidate.inputs]
+    tensors = [(v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values]
+    return repr((candidate.fusion, tensors, sorted(candidate.detail.items())))
+
+
+def _fake(node: fx.Node, device: torch.device) -> Any:
+    """Sizes are those that the check draws inputs of."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return compat.hint(value)
+    sizes, strides = ([compat.hint(n) for n in ns] for ns in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)

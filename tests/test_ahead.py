@@ -1,0 +1,69 @@
+"""Kernels compiled ahead: what the check launches is in Triton's cache, and nothing that happens to
+the workers reaches the pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dsv4fuse import compat
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is nothing to compile without Triton"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    checkout = pathlib.Path(__file__).parents[1]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TORCHINDUCTOR_COMPILE_THREADS": "2", "PYTHONPATH": str(checkout)}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests._ahead_script"]
+    done = subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_check_compiles_nothing_anew(found):
+    """By its own launches, with real tensors: the same specialisations, the same keys."""
+    assert found["workers"] and found["described"] >= 2
+    assert found["compiled"][0] == [] and found["left"] == 0
+    assert found["hits"] == [True] * found["described"]
+
+
+def test_what_this_process_has_compiled_is_not_described(found):
+    assert found["known"] == 0
+
+
+def test_the_pass_compiles_before_it_checks(found):
+    statuses, hits = found["pass"]
+    assert statuses == ["taken"] and hits == [[True, True]]
+
+
+def test_workers_that_die_and_workers_that_are_late(found):
+    said, seconds = found["dead"]
+    assert len(said) == found["described"] and all("terminated abruptly" in s for s in said)
+    assert seconds < 60
+    said, seconds = found["late"]
+    assert said == ["no worker was free"] * found["described"] and seconds < 1
+
+
+def test_what_does_not_compile_and_what_would_have_another_key(found):
+    said, _ = found["wrong"]
+    assert len(said) == 2 and "must be of type tl.constexpr" in said[0] and "another key" in said[1]
+
+
+def test_without_workers(monkeypatch):
+    """TORCHINDUCTOR_COMPILE_THREADS=1: nothing is described, nothing started."""
+    from dsv4fuse import ahead
+
+    monkeypatch.setattr(ahead, "kernels", lambda *_: pytest.fail("described"))
+    assert compat.start_workers() is False
+    ahead.compile_kernels([], None)
