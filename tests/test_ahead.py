@@ -14,9 +14,10 @@ import pytest
 
 from dsv4fuse import compat
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="there is nothing to compile without Triton"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nothing to compile"),
+    pytest.mark.xdist_group("compiled ahead"),
+]
 
 
 @pytest.fixture(scope="module")
