@@ -7,9 +7,11 @@ no worker compiles, in time and under the launch's own key, is compiled where it
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent import futures
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -26,21 +28,32 @@ HERE = 0.5  # seconds that a kernel takes at least; so long, for each, workers m
 PATIENCE = 60.0  # seconds for all of them, of which one was seen to take four
 
 
-def compile_kernels(candidates: Iterable[Candidate], device: torch.device) -> None:
-    """Compiles, for that GPU, what the candidates launch and no cache holds yet."""
-    if not compat.start_workers():
-        return
-    missing = {k.key: k for k in kernels(candidates, device) if not k.on_disk()}
-    workers = compat.workers(HERE * len(missing)) if len(missing) > 1 else None
-    if workers is None:
-        return
-    folder = triton.knobs.cache.dir
-    started = [workers.submit(_compiled, k, folder) for k in missing.values()]
-    done, _ = futures.wait(started, PATIENCE)
-    for kernel, future in zip(missing.values(), started, strict=True):
+@contextlib.contextmanager
+def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator[None]:
+    """Inside, workers compile, for that GPU, what the candidates launch and no cache holds yet;
+    at the end it is there, or will not be. Whatever goes wrong is logged and no more."""
+    started: list[tuple[Specialised, Future[None]]] = []
+    try:
+        started = _started(candidates, device)
+    except Exception:
+        log.debug("no kernel is compiled ahead", exc_info=True)
+    yield
+    done, _ = futures.wait([future for _, future in started], PATIENCE)
+    for kernel, future in started:
         error = future.exception() if future in done else "no worker was free"
         if error is not None:
             log.debug("%s was not compiled ahead: %s", kernel.name, error)
+
+
+def _started(
+    candidates: Iterable[Candidate], device: torch.device
+) -> list[tuple[Specialised, Future[None]]]:
+    if not compat.start_workers():
+        return []
+    missing = {k.key: k for k in kernels(candidates, device) if not k.on_disk()}
+    workers = compat.workers(HERE * len(missing)) if len(missing) > 1 else None
+    folder = triton.knobs.cache.dir
+    return [(k, workers.submit(_compiled, k, folder)) for k in missing.values() if workers]
 
 
 def _compiled(kernel: Specialised, folder: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
 import time
 from collections import Counter
 
@@ -16,7 +16,6 @@ from dsv4fuse.options import Options, only
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
-log = logging.getLogger("dsv4fuse")
 numbers: Counter[str] = Counter()  # of each fusion, how many sites this process has seen
 
 
@@ -36,10 +35,10 @@ def run(graph: fx.Graph, options: Options) -> Report:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
-    _compile_ahead(waiting, options)
     nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
+    plans = _plans_ahead(waiting, options)
     while waiting:
-        planned, waiting = _planned(scene, waiting, gone, options, sites)
+        planned, waiting = _planned(scene, waiting, gone, options, sites, plans)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
         if not refused:
             break
@@ -64,24 +63,29 @@ def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.
     return [(c, _region(scene, c)) for c in _named(scene, found)]
 
 
-def _compile_ahead(waiting: list[tuple[Candidate, list[fx.Node]]], options: Options) -> None:
-    """The kernels of the sites that will be run, on a GPU; not of those inside a larger one."""
-    covered, run = set[fx.Node](), list[Candidate]()
+def _plans_ahead(
+    waiting: list[tuple[Candidate, list[fx.Node]]], options: Options
+) -> dict[str, fx.GraphModule]:
+    """The plans of the sites that will be run on a GPU, by name, but of those inside a larger one.
+    Meanwhile their kernels are compiled."""
+    covered, run, plans = set[fx.Node](), list[Candidate](), dict[str, fx.GraphModule]()
     for candidate, region in waiting:
-        outer = not covered.issuperset(region)
-        covered.update(region)
-        value = candidate.root.meta["val"]
-        if outer and value.is_cuda and candidate.unsupported is None:
+        on_gpu = candidate.root.meta["val"].is_cuda and candidate.unsupported is None
+        if on_gpu and not covered.issuperset(region):
             take = select.decide(candidate, options).take
-            if take is None or take and options.verify:
-                run.append(candidate)
+            run += [candidate] if take is None or take and options.verify else []
+        covered.update(region)
+    if not run:
+        return plans
     try:
-        if run:
-            from dsv4fuse import ahead  # needs Triton
-
-            ahead.compile_kernels(run, run[0].root.meta["val"].device)
-    except Exception:  # the check compiles what it launches
-        log.debug("compiling ahead", exc_info=True)
+        from dsv4fuse import ahead
+    except ImportError:  # of Triton: for that every site is declined
+        return plans
+    with ahead.compiling(run, run[0].root.meta["val"].device):
+        for candidate in run:
+            with contextlib.suppress(rewrite.Declined):  # once more, and said, when its turn comes
+                plans[candidate.site] = rewrite.plan(candidate)
+    return plans
 
 
 def _planned(
@@ -90,6 +94,7 @@ def _planned(
     gone: list[tuple[Candidate, set[fx.Node]]],
     options: Options,
     sites: list[Site],
+    plans: dict[str, fx.GraphModule],
 ) -> tuple[list[tuple[Candidate, fx.GraphModule]], list[tuple[Candidate, list[fx.Node]]]]:
     """The plans of what is taken, in the graph's order, and what lies inside that and waits.
 
@@ -105,7 +110,7 @@ def _planned(
         if revived:
             sites.append(_site(candidate, "declined", revived))
             continue
-        candidate, status, reason, traced = _decide(candidate, region, options)
+        candidate, status, reason, traced = _decide(candidate, region, options, plans)
         if traced is not None:
             planned.append((candidate, traced))
             gone.append((candidate, set(region)))
@@ -185,14 +190,14 @@ def _revived(
 
 
 def _decide(
-    candidate: Candidate, region: list[fx.Node], options: Options
+    candidate: Candidate, region: list[fx.Node], options: Options, plans: dict[str, fx.GraphModule]
 ) -> tuple[Candidate, str, str, fx.GraphModule | None]:
     """The candidate (with the times it was chosen by), its status, the reason, the plan."""
     verdict = select.decide(candidate, options)
     if verdict.take is False:
         return _timed(candidate, verdict), "declined", verdict.why, None
     try:
-        traced = rewrite.plan(candidate)
+        traced = plans.get(candidate.site) or rewrite.plan(candidate)
     except rewrite.Declined as error:
         return candidate, "declined", str(error), None
     if not options.verify and verdict.take:

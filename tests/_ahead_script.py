@@ -112,7 +112,8 @@ def main():
     sites, job, ahead.HERE = candidates(NAMES), ahead._compiled, 60.0
 
     def compiled():
-        ahead.compile_kernels(sites, GPU)
+        with ahead.compiling(sites, GPU):
+            pass
 
     # Workers that die, then some that are late, then what they cannot compile, or not alike.
     ahead._compiled = Instead(os._exit, 1)
