@@ -22,9 +22,10 @@ numbers: Counter[str] = Counter()  # of each fusion, how many sites this process
 def run(graph: fx.Graph, options: Options) -> Report:
     """Fuse what can be fused in ``graph``, in place."""
     started = time.perf_counter()
-    scene = Scene(graph)
+    with compat.outside_compilation():  # a rule's numbers need not be fake tensors
+        scene = Scene(graph)
+        regions = candidates(scene, options)
     fusions = list(registry().values())
-    regions = candidates(scene, options)
     allowed = only()
     covered = {node for _, region in regions for node in region}
     sites: list[Site] = []
