@@ -40,7 +40,8 @@ def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator
     yield
     done, _ = futures.wait([future for _, future in started], PATIENCE)
     for kernel, future in started:
-        error = future.exception() if future in done else "no worker was free"
+        ended = future in done and not future.cancelled()
+        error = future.exception() if ended else "no worker was free"
         if error is not None:
             log.debug("%s was not compiled ahead: %s", kernel.name, error)
 
