@@ -6,7 +6,7 @@ row or lanes interleaved, and reads of it go on to the piece they fall into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -111,6 +111,11 @@ def sources(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
     target, source = node.args[:2]
     return [n for n in node.all_input_nodes if n is not target or n is source]
+
+
+def dependents(node: fx.Node) -> Iterator[fx.Node]:
+    """The users whose values depend on this one's."""
+    return (user for user in node.users if node in sources(user))
 
 
 def _overwrites(node: fx.Node) -> bool:

@@ -92,9 +92,8 @@ def needed(node: fx.Node, without: Iterable[fx.Node]) -> bool:
             return True
         if user not in done:
             done.add(user)
-            stack += user.users
+            stack += joins.dependents(user)
     return False
-
 
 def _laid(t: Tensor) -> str:
     """Shape and strides, but for those of axes of one, which nothing reads."""
@@ -272,7 +271,7 @@ class Scene:
     def live_without(self, node: fx.Node, writes: Iterable[fx.Node]) -> bool:
         """Would node still be needed if the given nodes were replaced by something else?"""
         without = tuple(writes)
-        return any(needed(user, without) for user in node.users)
+        return any(needed(user, without) for user in joins.dependents(node))
 
     def places(self, term: Term, space: Sequence[Size]) -> tuple[tuple[fx.Node, Map], ...]:
         """The nodes that hold a term of a space whose axes are so long, and where; nearest to the

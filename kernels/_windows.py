@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _common as common
+from ._turn import check_matrix
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,17 @@ PLANS = (
     Plan(128, 512, False, CUT, ((FEW, WHOLE), (MANY, Launch(32, 4)), (None, WHOLE))),
     Plan(128, 1024, False, CUT),
 )
-FINISH_WARPS = 1
+HELD = 128  # values of a matrix that a thread holds at a time
+
+
+def finish_warps(turning: bool) -> int:
+    """Of the second launch, a program for each entry: a matrix takes more than a row does."""
+    return 4 if turning else 1
+
+
+def columns_turned(dim: int, group: int, warps: int) -> int:
+    """How many lanes of a row are turned at a time: whole groups, what the registers hold."""
+    return min(dim, max(32, group, HELD * 32 * warps // dim))
 
 
 def plan(width: int, dim: int, every: bool) -> Plan:
@@ -133,6 +144,18 @@ def check(
         common.require(fits, f"a bias must be [{rows}, {z.dim}], its last axis dense")
     common.require(z.before == 0 or (bias is None) == (bias_before is None), "half of a bias")
     return z
+
+
+def check_turn(
+    z: Sizes, matrix: Tensor | None, dtype: torch.dtype, group: int, fp4: str
+) -> None:
+    """Raises ValueError for a matrix that the kernel does not take."""
+    if matrix is not None:
+        power = isinstance(z.dim, int) and z.dim & (z.dim - 1) == 0
+        common.require(power and 16 <= z.dim <= 512,
+                       f"a matrix turns 16 to 512 lanes, a power of two, not {z.dim}")  # fmt: skip
+        check_matrix(matrix, z.dim, dtype)
+        common.require(not group or bool(fp4), "rows turned by a matrix are quantised to fp4 only")
 
 
 def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:

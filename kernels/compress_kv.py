@@ -1,29 +1,34 @@
-"""The KV compressor: softmax over a window → weighted sum → RMSNorm → rope [→ quant] [→ write].
+"""The KV compressor: softmax over a window → sum → RMSNorm → rope [→ matrix] [→ quant] [→ write].
 
 Math, per entry (b, n) and channel d, over the rows w of its window, older rows first:
 ``pooled = Σ_w kv[w] · softmax_w(gate[w] + bias[w])``, then ``y = rope(rms_norm(pooled))`` as
-``dsv4fuse.atoms`` defines them, then optionally ``y[:D-R] = fake_quant(y[:D-R])``, or with
-quant_fp4 ``y = fake_quant(y, fp4=quant_fp4)``, and ``cache[seq, slot] = y``.
+``dsv4fuse.atoms`` defines them, then optionally ``y = (y @ matrix) * factor`` as in ``indexer_q``,
+then ``y[:D-R] = fake_quant(y[:D-R])``, or with quant_fp4 ``y = fake_quant(y, fp4=quant_fp4)``, and
+``cache[seq, slot] = y``.
 
 Shapes   kv, gate ``[B,N,W,D]``: the rows themselves (views of ``[B,S,D]`` cost nothing). Or, with
          ends ``[B,N]``, caches of rows ``[P,S,D]``: the entry pools the positions up to its end,
          a position p in row ``p % ring`` (ring > 0) or ``max(p, 0)`` (ring 0) of page[b,n]
-         (``[B,N]``, by default b). bias ``[W,D]`` or None; cos, sin ``[B,N,R/2]``.
+         (``[B,N]``, by default b). bias ``[W,D]`` or None; cos, sin ``[B,N,R/2]``; matrix
+         ``[D,D]``, D then a power of two from 16 to 512.
 Overlap  kv_before, gate_before, bias_before: the same for the rows in front of those, of as many
          positions. shifted: ``kv_before[b,n]`` belongs to entry n + 1, and entry 0 has none; then
          N counts the entries, and the last row of kv_before is not read. masked: rows at
          positions below 0 have no weight.
 Sizes    ``PLANS`` lists what is compiled; W a power of two, D a multiple of 16.
 Dtypes   kv, gate, bias bf16, fp16 or fp32; cos and sin fp32 or a 16-bit float; page, ends, slot
-         and seq int32 or int64; the cache has the output's dtype. Last strides are 1, but for cos
-         and sin; the others any, 0 included.
+         and seq int32 or int64; the cache has the output's dtype, the matrix that or fp32. Last
+         strides are 1, but for cos, sin and the matrix; the others any, 0 included.
 Output   ``[B,N,D]`` dense (shape [0] without keep); pool_dtype's promotion with the weight as in
          ``norm_rope_cache``.
 Rounding gate + bias is fp32, with narrow_bias rounded to the gate's dtype. pool_rounding "once":
          fp32, rounded to pool_dtype at the end; "every": weights, products and the sum round to
-         kv's dtype. norm, rope_rounding, precise as in ``norm_rope_cache``. quant_fp4 names a form
+         kv's dtype. norm, rope_rounding, precise as in ``norm_rope_cache``. With a matrix y is
+         rounded to the output's dtype in front of it, behind the product (not of an fp32 one) and
+         behind the factor; for ``precise`` nowhere before the quantiser. quant_fp4 names a form
          of ``atoms.e2m1``, nearest with ties to even; then quant_scale is "pow2".
-Errors   ValueError for other sizes and dtypes, an unknown form, lanes that are no whole groups.
+Errors   ValueError for other sizes and dtypes, an unknown form, lanes that are no whole groups, a
+         matrix with a quantiser that is not fp4.
 Slots    as in ``norm_rope_cache``. With ``spare`` the cache's last row takes what is not wanted:
          nothing is written there, and without keep such an entry is not computed. A row that is
          skipped this way costs one load.
@@ -47,7 +52,8 @@ from ._compress import compress_kernel
 from ._fp4 import fp4_form
 from ._launch import wrap_triton
 from ._norms import out_dtype
-from ._windows import FINISH_WARPS, check, choose
+from ._turn import turned
+from ._windows import check, check_turn, choose, columns_turned, finish_warps
 
 
 def _tensors(ends: Tensor | None, filler: Tensor, **given: Tensor | None) -> dict[str, object]:
@@ -66,7 +72,7 @@ def launch(
     shifted: bool, masked: bool, narrow_bias: bool, pool_rounding: str, pool_dtype: torch.dtype,
     eps: float, norm: str, rope_rounding: str, precise: bool, quant_group: int,
     quant_floor: float, quant_scale: str, via: str, quant_fp4: str = "",
-    cache: Tensor | None = None,
+    matrix: Tensor | None = None, factor: float = 1.0, cache: Tensor | None = None,
     slot: Tensor | None = None, seq: Tensor | None = None, slot_start: int = 0,
     seq_start: int = 0, flat_slot: bool = False, wrap: bool = True, keep: bool = True,
     spare: bool = False,
@@ -76,6 +82,7 @@ def launch(
               pool_rounding=pool_rounding, pool_dtype=pool_dtype, shifted=shifted,
               masked=masked)  # fmt: skip
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
+    check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
     entries = z.batch * z.count
     few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
     groups = z.batch if few else entries
@@ -97,9 +104,10 @@ def launch(
         biasb_ptr=kv if bias_before is None else bias_before,
         biasb_sw=0 if bias_before is None else bias_before.stride(0),
         ends_ptr=kv if ends is None else ends, page_ptr=kv if page is None else page,
-        w_ptr=kv if weight is None else weight, cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled,
-        out_ptr=out, length=z.count, entries=entries, D=z.dim, HALF=z.half,
-        FLAT=common.flat_mode(z.batch, z.count),
+        w_ptr=kv if weight is None else weight, m_ptr=kv if matrix is None else matrix,
+        **host.strides(matrix, "m", "io"), FACTOR=factor,
+        cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled, out_ptr=out, length=z.count,
+        entries=entries, D=z.dim, HALF=z.half, FLAT=common.flat_mode(z.batch, z.count),
         LANES=triton.next_power_of_2(z.count) if few else 0,
         STEP=step, TILES=min(chosen.tiles, z.width // max(step, 1)),
         STAGES=chosen.stages,
@@ -114,11 +122,18 @@ def launch(
     )  # fmt: skip
     kernel = wrap_triton(compress_kernel)
     parts, whole = triton.cdiv(z.dim, block), triton.next_power_of_2(z.dim)
-    kernel[(groups * parts,)](**arguments, BLOCK=block, PARTS=parts, POOL=True,
-                              FINISH=not chosen.columns, num_warps=chosen.warps)  # fmt: skip
+    turning = matrix is not None
+    kernel[(groups * parts,)](
+        **arguments, BLOCK=block, PARTS=parts, POOL=True, FINISH=not chosen.columns,
+        COLUMNS=columns_turned(z.dim, quant_group, chosen.warps) if turning else 0,
+        num_warps=chosen.warps,
+    )  # fmt: skip
     if chosen.columns:
-        kernel[(groups,)](**arguments, BLOCK=whole, PARTS=1, POOL=False, FINISH=True,
-                          num_warps=FINISH_WARPS)  # fmt: skip
+        warps = finish_warps(turning)
+        kernel[(groups,)](
+            **arguments, BLOCK=whole, PARTS=1, POOL=False, FINISH=True,
+            COLUMNS=columns_turned(z.dim, quant_group, warps) if turning else 0, num_warps=warps,
+        )  # fmt: skip
     return out
 
 
@@ -154,9 +169,10 @@ def reference(
     shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
     pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", quant_fp4: str = "", cache: Tensor | None = None, slot: Tensor | None = None,
-    seq: Tensor | None = None, slot_start: int = 0, seq_start: int = 0,
-    flat_slot: bool = False, wrap: bool = True, keep: bool = True, spare: bool = False,
+    via: str = "div", quant_fp4: str = "", matrix: Tensor | None = None, factor: float = 1.0,
+    cache: Tensor | None = None, slot: Tensor | None = None, seq: Tensor | None = None,
+    slot_start: int = 0, seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
+    keep: bool = True, spare: bool = False,
 ) -> Tensor:  # fmt: skip
     """Both ops in plain PyTorch, composed of atoms; writes ``cache`` in place if given."""
     z = check(kv, gate, kv_before, gate_before, bias, bias_before, cos, sin, ends, width=width,
@@ -183,9 +199,14 @@ def reference(
     how = dict(rounding="once", dtype=torch.float32) if precise else dict(
         rounding=pool_rounding, dtype=pool_dtype)  # fmt: skip
     y = atoms.softmax_pool(kv, gate, **how)
+    dtype = out_dtype(pool_dtype, weight, norm)
+    check_turn(z, matrix, dtype, quant_group, quant_fp4)
+    unrounded = precise and matrix is not None
     y = rows.reference_rows(
-        y, cos, sin, weight, eps, norm, rope_rounding, precise, out_dtype(pool_dtype, weight, norm)
-    )
+        y, cos, sin, weight, eps, norm, rope_rounding, precise,
+        torch.float32 if unrounded else dtype,
+    )  # fmt: skip
+    y = y if matrix is None else turned(y, matrix, factor, precise, dtype).to(dtype)
     kw = dict(group=quant_group, floor=quant_floor, scale=quant_scale, via=via)
     if fp4_form(quant_fp4, quant_group, quant_scale):
         y = atoms.fake_quant(y, **kw, fp4=quant_fp4)
@@ -208,11 +229,12 @@ def reference(
 def compress_kv(
     kv: Tensor, gate: Tensor, kv_before: Tensor | None, gate_before: Tensor | None,
     bias: Tensor | None, bias_before: Tensor | None, weight: Tensor | None, cos: Tensor,
-    sin: Tensor, ends: Tensor | None, page: Tensor | None, *, width: int = 0, ring: int = 0,
-    shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
+    sin: Tensor, ends: Tensor | None, page: Tensor | None, matrix: Tensor | None = None, *,
+    width: int = 0, ring: int = 0, shifted: bool = False, masked: bool = False,
+    narrow_bias: bool = False, pool_rounding: str,
     pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", quant_fp4: str = "",
+    via: str = "div", quant_fp4: str = "", factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Pooled, normed and turned entries, no cache: see the module's docstring."""
     run = reference if common.use_reference(kv) else launch
@@ -221,8 +243,8 @@ def compress_kv(
         width=width, ring=ring, shifted=shifted, masked=masked, narrow_bias=narrow_bias,
         pool_rounding=pool_rounding, pool_dtype=pool_dtype, eps=eps, norm=norm,
         rope_rounding=rope_rounding, precise=precise, quant_group=quant_group,
-        quant_floor=quant_floor, quant_scale=quant_scale, via=via,
-        quant_fp4=quant_fp4,
+        quant_floor=quant_floor, quant_scale=quant_scale, via=via, quant_fp4=quant_fp4,
+        matrix=matrix, factor=factor,
     )  # fmt: skip
 
 
@@ -231,12 +253,13 @@ def compress_kv_cache(
     kv: Tensor, gate: Tensor, kv_before: Tensor | None, gate_before: Tensor | None,
     bias: Tensor | None, bias_before: Tensor | None, weight: Tensor | None, cos: Tensor,
     sin: Tensor, ends: Tensor | None, page: Tensor | None, cache: Tensor,
-    slot: Tensor | None, seq: Tensor | None, *, width: int = 0, ring: int = 0,
-    shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
-    pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
-    quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", quant_fp4: str = "", slot_start: int = 0, seq_start: int = 0,
-    flat_slot: bool = False, wrap: bool = True, keep: bool = True, spare: bool = False,
+    slot: Tensor | None, seq: Tensor | None, matrix: Tensor | None = None, *, width: int = 0,
+    ring: int = 0, shifted: bool = False, masked: bool = False, narrow_bias: bool = False,
+    pool_rounding: str, pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str,
+    precise: bool = False, quant_group: int = 0, quant_floor: float = 1e-4,
+    quant_scale: str = "pow2", via: str = "div", quant_fp4: str = "", factor: float = 1.0,
+    slot_start: int = 0, seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
+    keep: bool = True, spare: bool = False,
 ) -> Tensor:  # fmt: skip
     """The entries, and into the cache: see the module's docstring."""
     run = reference if common.use_reference(kv) else launch
@@ -245,21 +268,27 @@ def compress_kv_cache(
         width=width, ring=ring, shifted=shifted, masked=masked, narrow_bias=narrow_bias,
         pool_rounding=pool_rounding, pool_dtype=pool_dtype, eps=eps, norm=norm,
         rope_rounding=rope_rounding, precise=precise, quant_group=quant_group,
-        quant_floor=quant_floor, quant_scale=quant_scale, via=via,
-        quant_fp4=quant_fp4,
-        cache=cache, slot=slot, seq=seq, slot_start=slot_start, seq_start=seq_start,
-        flat_slot=flat_slot, wrap=wrap, keep=keep, spare=spare,
+        quant_floor=quant_floor, quant_scale=quant_scale, via=via, quant_fp4=quant_fp4,
+        matrix=matrix, factor=factor, cache=cache, slot=slot, seq=seq, slot_start=slot_start,
+        seq_start=seq_start, flat_slot=flat_slot, wrap=wrap, keep=keep, spare=spare,
     )  # fmt: skip
 
 
-@compress_kv.register_fake
 @compress_kv_cache.register_fake
-def _(kv, gate, kv_before, gate_before, bias, bias_before, weight, cos, sin, ends, page, *cache,
-      width=0, shifted=False, masked=False, pool_rounding, pool_dtype, norm, keep=True, **_):
-    check(kv, gate, kv_before, gate_before, bias, bias_before, cos, sin, ends, width=width,
-          pool_rounding=pool_rounding, pool_dtype=pool_dtype, shifted=shifted,
+def _(*tensors, **how):
+    return _fake(*tensors[:11], *tensors[14:], **how)
+
+
+@compress_kv.register_fake
+def _fake(kv, gate, kv_before, gate_before, bias, bias_before, weight, cos, sin, ends, page,
+          matrix=None, *, width=0, shifted=False, masked=False, pool_rounding, pool_dtype, norm,
+          quant_group=0, quant_fp4="", keep=True, **_):
+    z = check(kv, gate, kv_before, gate_before, bias, bias_before, cos, sin, ends, width=width,
+              pool_rounding=pool_rounding, pool_dtype=pool_dtype, shifted=shifted,
               masked=masked)  # fmt: skip
-    return allocate(kv, cos, weight, norm, pool_dtype, keep)
+    out = allocate(kv, cos, weight, norm, pool_dtype, keep)
+    check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
+    return out
 
 
 def traffic(kv: Tensor, gate: Tensor, cos: Tensor, *, entries: int, rows: int, out: Tensor) -> int:

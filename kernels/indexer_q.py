@@ -44,6 +44,7 @@ from ._common import (
 from ._fp4 import fake_fp4, fp4_form
 from ._launch import wrap_triton
 from ._rows import load_rotated
+from ._turn import check_matrix, rounded_product, turned
 from .indexer_logits import WIDE_DOT
 
 SIZES = ("tokens", "length")
@@ -73,13 +74,7 @@ def _multiplied(y, m_ptr, m_si, m_so, D: tl.constexpr, FACTOR: tl.constexpr, PRE
         y = tl.dot(y, m.to(tl.float32), input_precision=PRECISION)
     else:
         y = tl.dot(y.to(XD), m, input_precision=PRECISION)
-    if narrow:
-        y = round_to(y, XD)
-    if FACTOR != 1.0:
-        y = y * FACTOR
-    if not PRECISE:
-        y = round_to(y, XD)
-    return y
+    return rounded_product(y, FACTOR, narrow, PRECISE, XD)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -140,10 +135,7 @@ def _check(
     common.require(cos.dtype == sin.dtype, "cos and sin differ in dtype")
     common.require(group in (0, 16, 32, 64, 128, 256) and (not group or d % group == 0),
                    f"groups of {group} do not divide {d}")  # fmt: skip
-    if matrix is not None:
-        common.require(matrix.shape == (d, d), f"the matrix must be {d} by {d}")
-        common.require(matrix.dtype in (x.dtype, torch.float32), "the matrix is neither x's dtype "
-                       "nor fp32")  # fmt: skip
+    check_matrix(matrix, d, x.dtype)
     if fp4_form(fp4, group, scale) == 0 and group:
         common.require_fp8(x.device)
 
@@ -179,11 +171,7 @@ def _turned(
     wide = x.float() if precise else x
     y = atoms.rope(wide, cos.unsqueeze(2), sin.unsqueeze(2),
                    rounding="once" if precise else rope_rounding)  # fmt: skip
-    if matrix is None:
-        return y
-    y = y.float() @ matrix.float() if precise else y.to(matrix.dtype) @ matrix
-    y = y if factor == 1.0 else y * factor
-    return y if precise else y.to(x.dtype)
+    return y if matrix is None else turned(y, matrix, factor, precise, x.dtype)
 
 
 @triton_op("dsv4fuse::indexer_q", mutates_args=())

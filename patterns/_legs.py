@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -11,18 +13,21 @@ from dsv4fuse import maps
 from dsv4fuse.chains import Quantised
 from dsv4fuse.layout import Order, arrange, head_order, through
 from dsv4fuse.match import Bound
-from dsv4fuse.scene import Atom, Hit, Scene
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.slots import Slots, ring, slots
-from dsv4fuse.specs import FAKE_QUANT, RMS_NORM, ROPE
+from dsv4fuse.specs import FAKE_QUANT, RMS_NORM
 from dsv4fuse.writes import Write
 
 from ._bytes import Packing, packing
 from ._parts import Parts, parts_of
+from ._turns import Turn
+
+NO_TURNS: Mapping[fx.Node, Turn] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One tensor's way: [sum →] [norm →] rope [→ fake quant] [→ write].
+    """One tensor's way: [sum →] [norm →] rope [→ matrix] [→ fake quant] [→ write].
 
     Its axes are named by those of ``root``, the last node before the write.
     """
@@ -38,6 +43,7 @@ class Leg:
     parts: Parts | None = None  # x is their sum
     slots: Slots | None = None  # where its rows are written
     packing: Packing | None = None  # as these bytes
+    turn: Turn | None = None  # the product behind the rope
 
     @property
     def heads(self) -> bool:
@@ -55,7 +61,8 @@ class Leg:
 
     @property
     def loose(self) -> frozenset[str]:
-        return frozenset().union(*(h.env.loose for h in self.hits))
+        sums = {"order of the sums"} if self.turn else set()
+        return frozenset(sums).union(*(h.env.loose for h in self.hits))
 
     @property
     def nodes(self) -> dict[str, fx.Node]:
@@ -79,31 +86,36 @@ class Writes:
     pairs: list[tuple[Write, Write]]
 
 
-def leg_of(scene: Scene, rope: Hit, quants: dict[fx.Node, Hit]) -> Leg | None:
+def leg_of(
+    scene: Scene, rope: Hit, quants: Mapping[fx.Node, Hit],
+    turned: Mapping[fx.Node, Turn] = NO_TURNS,
+) -> Leg | None:  # fmt: skip
     """The leg that a rope is part of, without its write; None for axes no kernel takes."""
     norm = scene.hit(RMS_NORM, rope.x.node)
     x = through(norm.x, rope.x) if norm else rope.x
-    quant = quants.get(rope.node)
-    root, cos, sin = rope.node, rope.cos, rope.sin
+    turn = turned.get(rope.node)
+    root = turn.node if turn else rope.node
+    quant = quants.get(root)
+    if turn and quant and "fp4" not in quant.arguments:  # the leading lanes of rotated rows
+        quant = None
+    cos, sin = rope.cos, rope.sin
     if quant is not None:
         root = quant.node
         x, cos, sin = (through(b, quant.x) for b in (x, cos, sin))
     order = head_order(x, cos)
     if order is not None and len(order) == 3 and quant is not None:  # only kv rows are quantised
-        return leg_of(scene, rope, {})
+        return leg_of(scene, rope, {}, turned)
     if order is None:
         return None
     parts = parts_of(x.node) if x.laned and not x.part else None
-    return Leg(root, x, cos, sin, rope, norm, quant, order, parts)
+    return Leg(root, x, cos, sin, rope, norm, quant, order, parts, turn=turn)
 
 
-def fp4_rows(scene: Scene, pool: Atom) -> dict[fx.Node, Hit]:
-    """The quantisers to fp4 of whole turned rows that ``pool`` made, by those rows.
+def fp4_of(scene: Scene, rows: list[fx.Node]) -> dict[fx.Node, Hit]:
+    """The quantisers to fp4 of whole rows, by those rows.
 
     A turned row is made of pieces; what quantises it is looked for behind the whole of it.
     """
-    legs = (leg_of(scene, rope, {}) for rope in scene.outermost(ROPE))
-    rows = [g.root for g in legs if g and not g.heads and scene.hit(pool, g.x.node)]
     fakes = Scene(scene.graph, rows).outermost(FAKE_QUANT) if rows else []
     return {h.x.node: h for h in fakes if "fp4" in h.arguments and h.x.node in rows}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dsv4fuse import maps
+from dsv4fuse.layout import arrange
 from dsv4fuse.maps import Index, Map, Size
 from dsv4fuse.match import Bound
 
@@ -46,6 +47,10 @@ class Seen:
         for coord in range(4):
             t = t if coord in held else t.unsqueeze(coord)
         return t
+
+    def part(self, t: Tensor, dim: int) -> Tensor:
+        """What the op is given of the node's tensor, for entries of ``dim`` channels."""
+        return self.shown(t)
 
     def over(self, extents: Mapping[int, Size]) -> bool:
         """Do the coordinates run through these extents, where it has them?"""
@@ -91,6 +96,9 @@ class Gathered:
     first: int
     ring: int
 
+    def part(self, t: Tensor, dim: int) -> Tensor:
+        return t.narrow(-1, self.channel, dim)
+
 
 @dataclass(frozen=True)
 class Half:
@@ -114,3 +122,21 @@ class Windows:
     shifted: bool = False
 
 
+
+def gathering(
+    half: Half, given: Mapping[str, Tensor], width: int
+) -> tuple[Tensor | None, Tensor | None, torch.Size | None]:
+    """(ends, page, the two sizes ends have) of windows that are gathered."""
+    rows = half.kv
+    if not isinstance(rows, Gathered):
+        return None, None, None
+    last = rows.first + width - 1
+    ends = _tokens(given["ends"], rows.ends)
+    page = _tokens(given["page"], rows.page) if rows.page else None
+    shape = ends.shape if page is None else torch.broadcast_shapes(ends.shape, page.shape)
+    return (ends + last if last else ends), page, shape
+
+
+def _tokens(t: Tensor, bound: Bound) -> Tensor:
+    """A tensor ``[batch, entries]``, one where it has no such axis."""
+    return arrange(t, bound, (0, 1)).squeeze(-1)

@@ -1,16 +1,17 @@
-"""The KV compressor: softmax over a window → weighted sum → RMSNorm → rope [→ quant] [→ write].
+"""The KV compressor: softmax over a window → sum → RMSNorm → rope [→ matrix] [→ quant] [→ write].
 
 Scope: entries ``[.., D]`` pooled per channel from windows of 2^k rows (up to 8, or up to 128), the
-softmax in fp32; then a norm or none, rope on the trailing pairs, fake quant (to fp8 of the leading
-lanes, to fp4 of all), a write like ``norm_rope_cache``'s. Windows are read where their rows lie: in
-a projection, with or without the window before (overlap), or in a ring that a position indexes;
-others from what the module made of them. Raw rows are written to their ring by Inductor. Seed: ATOM
-#704 item 4; DeepSeek's reference; transformers.
+softmax in fp32; then a norm or none, rope on the trailing pairs, a product with a square matrix
+that the graph holds (a Hadamard rotation, as for ``indexer_q``), fake quant (to fp8 of the leading
+lanes where nothing rotates them, to fp4 of all), a write like ``norm_rope_cache``'s. Windows are
+read where their rows lie: in a projection, with or without the window before (overlap), or in a
+ring that a position indexes; others from what the module made of them. Raw rows are written to
+their ring by Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,54 +22,28 @@ from dsv4fuse.patterns._compress_examples import decode, prefill
 from dsv4fuse.patterns._legs import (
     Leg,
     Writes,
-    fp4_rows,
+    fp4_of,
     leg_of,
     quant_arguments,
     with_write,
 )
+from dsv4fuse.patterns._softmax_pool import POOL
 from dsv4fuse.patterns._sources import Grid, windows
-from dsv4fuse.patterns._windows import Gathered, Half, Seen, Windows
+from dsv4fuse.patterns._turns import Turn, turns
+from dsv4fuse.patterns._windows import Gathered, Windows, gathering
 from torch import Tensor, fx
 
-from dsv4fuse import atoms, maps
+from dsv4fuse import maps
 from dsv4fuse.chains import divides_by_product
 from dsv4fuse.fusion import Candidate, Fusion
 from dsv4fuse.layout import arrange, restore, token_count
-from dsv4fuse.match import Bound, Hole
 from dsv4fuse.rules import number
-from dsv4fuse.scene import Atom, Hit, Scene, Spec
-from dsv4fuse.specs import NARROW, QUANT_LEAD, ROPE, code_distance, lanes, walk
-from dsv4fuse.terms import Complex, Term
-from dsv4fuse.trace import ROWS
+from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.specs import QUANT_LEAD, ROPE, code_distance
+from dsv4fuse.terms import Complex
 from dsv4fuse.writes import written, written_twice
 
 NAME = "compress_kv"
-
-
-def _pool_specs(node: fx.Node, root: Term) -> Iterator[Spec]:
-    d = lanes(node)
-    total = root.args[0] if root.op == "cast" else root
-    if d is None or total.op != "fold" or total.args[0] != "sum" or len(total.args[2]) != 1:
-        return
-    width = total.args[3][total.args[2][0]]
-    body = total.args[1]
-    top = next((t for t in walk(body) if t.op == "fold" and t.args[0] == "amax"), None)
-    kv = [t for t in body.args if _bare(t).op != "div"] if body.op == "mul" else []
-    if not isinstance(width, int) or top is None or len(kv) != 1:
-        return
-    out = node.meta["val"].dtype
-    narrow = body.dtype in NARROW
-    shape = (ROWS, width, d)
-    source = kv[0].dtype if narrow else _bare(kv[0]).dtype
-    holes = ((Hole("kv", shape), source), (Hole("gate", shape), top.dtype))
-    yield Spec(holes, (), (("rounding", "every" if narrow else "once"), ("dtype", out)))
-
-
-def _bare(t: Term) -> Term:
-    return t.args[0] if t.op == "cast" else t
-
-
-POOL = Atom("softmax_pool", atoms.softmax_pool, _pool_specs, frozenset({"fold", "exp", "div"}))
 
 
 @dataclass(frozen=True)
@@ -86,6 +61,8 @@ class Site:
         out = {"cos": leg.cos.node, "sin": leg.sin.node}
         if leg.norm and "weight" in leg.norm.env.holes:
             out["weight"] = leg.norm.weight.node
+        if leg.turn:
+            out["matrix"] = leg.turn.matrix.node
         for suffix, half in (("", self.windows.now), ("_before", self.windows.before)):
             if half is not None:
                 out |= {f"kv{suffix}": half.kv.node, f"gate{suffix}": half.gate.node}
@@ -111,18 +88,36 @@ class Site:
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
-    """Every place of this fusion in a graph, with its write and (should that fail) without."""
-    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)} | fp4_rows(scene, POOL)
+    """Every place of this fusion in a graph, longest first: with its write, with what follows the
+    rope, and (should those fail) without."""
+    pools = {}
+    for rope in scene.outermost(ROPE):
+        leg = leg_of(scene, rope, {})
+        pool = scene.hit(POOL, leg.x.node) if leg and not leg.heads else None
+        pools |= {rope.node: (rope, pool)} if pool else {}
+    turned = turns(scene) if pools else {}
+    rows = [turned[n].node if n in turned else n for n in pools]
+    quants = {h.x.node: h for h in scene.outermost(QUANT_LEAD)} | fp4_of(scene, rows)
     writes = Writes(list(written(scene.graph)), list(written_twice(scene.graph)))
     found = []
-    for rope in scene.outermost(ROPE):
-        leg = leg_of(scene, rope, quants)
-        pool = scene.hit(POOL, leg.x.node) if leg and not leg.heads else None
-        if leg is not None and pool is not None:
+    for rope, pool in pools.values():
+        for leg in _ways(scene, rope, quants, turned):
             stored = with_write(scene, leg, writes, [])
             sites = [_site(scene, pool, way) for way in (stored, leg) if way]
             found += [_candidate(scene, s, numerics) for s in sites if s]
     return found
+
+
+def _ways(
+    scene: Scene, rope: Hit, quants: Mapping[fx.Node, Hit], turned: Mapping[fx.Node, Turn]
+) -> list[Leg]:
+    """The leg with its rotation and quantiser, without the latter, and without either; not those
+    that would leave a value inside of them to be computed once more, for others that read it."""
+    legs = (leg_of(scene, rope, *given) for given in ((quants, turned), ({}, turned), ({},)))
+    ways = list({leg.root: leg for leg in legs if leg and not leg.heads}.values())
+    while any(scene.live_without(inner.root, [ways[0].root]) for inner in ways[1:]):
+        ways = ways[1:]
+    return ways
 
 
 def _site(scene: Scene, pool: Hit, leg: Leg) -> Site | None:
@@ -205,7 +200,8 @@ def _unsupported(site: Site) -> str | None:
 def _variant(site: Site) -> str:
     rows = int(site.pool.kv.node.meta["val"].shape[-2])
     wide = "wide" if rows > 8 else "narrow"
-    wide += " fp4" if site.leg.quant and "fp4" in site.leg.quant.arguments else ""
+    wide += " turned" * (site.leg.turn is not None)
+    wide += " fp4" * bool(site.leg.quant and "fp4" in site.leg.quant.arguments)
     return f"{wide} {'ring' if isinstance(site.windows.now.kv, Gathered) else 'rows'}"
 
 
@@ -215,32 +211,10 @@ def _detail(site: Site) -> dict[str, object]:
     steps = ["gather" * isinstance(found.now.kv, Gathered)]
     steps += [f"pool{before} ({site.pool.arguments['rounding']})"]
     steps += [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
+    steps += ["matrix" * (leg.turn is not None)]
     steps += [leg.quant and leg.quant_words, leg.slots and "cache write"]
     spare = "; entries for the cache's spare last row are not computed" * site.spare
     return {"parts": " → ".join(s for s in steps if s) + spare}
-
-
-def _gather(
-    half: Half, given: dict[str, Tensor], width: int
-) -> tuple[Tensor | None, Tensor | None, torch.Size | None]:
-    """(ends, page, the two sizes ends have) of windows that are gathered."""
-    rows = half.kv
-    if not isinstance(rows, Gathered):
-        return None, None, None
-    last = rows.first + width - 1
-    ends = _tokens(given["ends"], rows.ends)
-    page = _tokens(given["page"], rows.page) if rows.page else None
-    shape = ends.shape if page is None else torch.broadcast_shapes(ends.shape, page.shape)
-    return (ends + last if last else ends), page, shape
-
-
-def _tokens(t: Tensor, bound: Bound) -> Tensor:
-    """A tensor ``[batch, entries]``, one where it has no such axis."""
-    return arrange(t, bound, (0, 1)).squeeze(-1)
-
-
-def _rows(rows: Seen | Gathered, t: Tensor, dim: int) -> Tensor:
-    return t.narrow(-1, rows.channel, dim) if isinstance(rows, Gathered) else rows.shown(t)
 
 
 def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Tensor:
@@ -249,12 +223,13 @@ def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Te
     dim = leg.root.meta["val"].shape[-1]
     cos, sin = (arrange(given[n], getattr(leg, n), leg.order) for n in ("cos", "sin"))
     arguments = _arguments(site, numerics)
-    ends, page, own = _gather(found.now, given, arguments["width"])
+    matrix = leg.turn.shown(given["matrix"]) if leg.turn else None
+    ends, page, own = gathering(found.now, given, arguments["width"])
     tensors: dict[str, Tensor | None] = dict.fromkeys(("bias", "bias_before"))
     for suffix, half in (("", found.now), ("_before", found.before)):
         for name in ("kv", "gate"):
             rows = getattr(half, name, None)
-            tensors[name + suffix] = rows and _rows(rows, given[name + suffix], dim)
+            tensors[name + suffix] = rows and rows.part(given[name + suffix], dim)
         if half is not None and half.bias is not None:
             tensors["bias" + suffix] = half.bias.shown(given["bias" + suffix])[0, 0]
     tokens = torch.broadcast_shapes(own or tensors["kv"].shape[:2], cos.shape[:2], sin.shape[:2])
@@ -264,11 +239,11 @@ def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Te
     positional = [*(tensors[n] for n in order), given.get("weight"), cos, sin, ends, page]
     ops = torch.ops.dsv4fuse
     if leg.slots is None:
-        return ops.compress_kv(*positional, **arguments)
+        return ops.compress_kv(*positional, matrix, **arguments)
     place = leg.slots.arguments(given, tokens)
     return ops.compress_kv_cache(
-        *positional, given["cache"], place.pop("slot"), place.pop("seq"), **place, **arguments,
-        keep=keep, spare=site.spare,
+        *positional, given["cache"], place.pop("slot"), place.pop("seq"), matrix, **place,
+        **arguments, keep=keep, spare=site.spare,
     )  # fmt: skip
 
 
@@ -288,6 +263,7 @@ def _arguments(site: Site, numerics: str) -> dict[str, Any]:
         "norm": leg.norm.arguments["rounding"] if leg.norm else "none",
         "rope_rounding": leg.rope.arguments["rounding"],
         "precise": numerics == "precise",
+        "factor": leg.turn.factor if leg.turn else 1.0,
         **quant_arguments(leg),
     }
 

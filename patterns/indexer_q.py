@@ -9,51 +9,37 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import atoms, maps, rules
+from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, divides_by_product, quantised
-from dsv4fuse.contract import Operand, product
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.layout import Order, arrange, head_order, token_count
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import FAKE_QUANT, ROPE, code_distance
-from dsv4fuse.terms import Complex
 
-from ._seats import Seat, placed, seats
+from ._turns import Turn, turns
 
 NAME = "indexer_q"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """``(x @ matrix) * factor`` at ``node``; the matrix's axes are its columns and the summed."""
-
-    node: fx.Node
-    x: fx.Node
-    matrix: Seat
-    factor: float
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     ropes = [(h, order) for h in scene.outermost(ROPE) if (order := _order(h))]
-    turns = {t.x: t for t in _turns(scene)} if ropes else {}
-    ends = {h.node: turns[h.node].node if h.node in turns else h.node for h, _ in ropes}
+    turned = turns(scene) if ropes else {}
+    ends = {h.node: turned[h.node].node if h.node in turned else h.node for h, _ in ropes}
     # A rotated value is made of pieces; its quantiser is looked for behind the whole of it.
     behind = Scene(scene.graph, ends.values())
     quants = quantised(behind) if ropes else []
     fakes = behind.outermost(FAKE_QUANT) if ropes else []
     found = []
     for hit, order in ropes:
-        turn, last = turns.get(hit.node), ends[hit.node]
+        turn, last = turned.get(hit.node), ends[hit.node]
         quant = next((q for q in quants if _whole(q, last)), None)
         fake = next((f for f in fakes if f.x.node is last and _plain(f.x)), None)
         if fake and quant and not scene.live_without(quant.codes.node, [fake.node]):
@@ -84,40 +70,6 @@ def _whole(quant: Quantised, node: fx.Node) -> bool:
     blocked = bool(quant.codes.arguments["blocked"])
     same = codes.dim() == value.dim() + blocked and codes.dtype == atoms.FP8
     return same and quant.x.node is node and _plain(quant.x)
-
-
-def _turns(scene: Scene) -> Iterator[Turn]:
-    """Every product of a value with a square matrix over its last axis, the latest node last."""
-    for node in scene.nodes:
-        term, space = scene.low.term(node), maps.sizes_of(node.meta["val"])
-        rank = len(space)
-        if isinstance(term, Complex) or rank < 3:
-            continue
-        dtype = term.dtype
-        inner = term.args[0] if term.op == "cast" else term
-        base, factor = rules.scaled(inner)
-        c = product(scene, base, space, node)
-        if c is None or (term.op == "cast" and base.dtype != torch.float32):
-            continue
-        for x, m in ((c.left, c.right), (c.right, c.left)):
-            source, matrix = _lanes(x, rank), _square(m, rank)
-            if source is None or matrix is None or source.meta["val"].dtype != dtype:
-                continue
-            if matrix.node.meta["val"].dtype in (dtype, torch.float32):
-                yield Turn(node, source, matrix, factor)
-
-
-def _lanes(operand: Operand, rank: int) -> fx.Node | None:
-    """The node whose rows are the product's and whose lanes are summed."""
-    wanted = (*range(rank - 1), rank)
-    found = (s.node for s in seats(operand) if tuple(
-        i if a is None else a for i, a in enumerate(s.axes)) == wanted)  # fmt: skip
-    return next(found, None)
-
-
-def _square(operand: Operand, rank: int) -> Seat | None:
-    found = (s for s in seats(operand) if sorted(map(str, s.axes)) == [str(rank - 1), str(rank)])
-    return next((s for s in found if len(set(s.node.meta["val"].shape)) == 1), None)
 
 
 def _candidate(
@@ -176,7 +128,7 @@ def _call(
         for n in ("cos", "sin")
     )
     if turn is not None and matrix is not None:
-        matrix = placed(matrix, turn.matrix.axes, (rank, rank - 1))
+        matrix = turn.shown(matrix)
     held = dict(zip(order, x.shape, strict=False))
     shape = [*(held.get(a, 1) for a in range(rank - 1)), x.shape[-1]]
     ops = torch.ops.dsv4fuse

@@ -1,12 +1,16 @@
-"""The KV compressor: layout of windows → softmax pool → norm → rope [→ cache write]; and rings."""
+"""The KV compressor: layout of windows → softmax pool → norm → rope [→ cache write]; rings; and
+entries that a matrix rotates.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..spellings import _compress_rotations as t
+from ..spellings import _fp4, _rotations
 from ..spellings import _pools as p
 from ..spellings import compress_kv as c
-from ..spellings._case import FP32
+from ..spellings._case import BF16, FP32
 from . import _atoms
 from ._hand import Hand, Site
 
@@ -50,6 +54,30 @@ def windows(hand: Hand) -> Site:
     return hand.site(NAME, fn, given, ONE, parts=("cache write",) if write else ())
 
 
+def rotated(hand: Hand) -> Site:
+    """Entries of the indexer: a matrix behind the rope [→ fp4] [→ cache write]."""
+    count = hand.number("windows", (3, 2, 1))
+    turn = hand.pick("rotation", _rotations.ROTATIONS)
+    between, last = hand.seam("between"), hand.seam("behind")
+    write, quantised = hand.flag("write"), hand.flag("fp4")
+    codes = dict(mutants=_fp4.MUTANTS, of="exponent")
+    pieces = hand.pick("code", _fp4.VARIANTS, **codes) if quantised else {}
+
+    def change(y: Tensor, m: Tensor) -> Tensor:
+        y = turn(between(y), m)
+        return last(_fp4.fake(y, 32, **pieces) if quantised else y)
+
+    def fn(kv: Tensor, gate: Tensor, bias: Tensor, w: Tensor, m: Tensor, *rest: Tensor):
+        y = change(c.TURN(t.entries(kv, gate, bias, w), *rest[:2]), m)
+        if not write:
+            return y
+        rest[2][: p.BATCH, :count] = y
+
+    given = t.inputs(dtype=BF16, cache=write, count=count)()
+    parts = ["matrix → fp4 fake quant"] * quantised + ["cache write"] * write
+    return hand.site(NAME, fn, given, ONE, exact=False, parts=parts or ["matrix"])
+
+
 def rings(hand: Hand) -> Site:
     """A decode step that reads its windows out of a ring and writes those that are closed."""
     overlap, mask = hand.flag("overlap"), hand.pick("mask", {"fill": p.masked, "where": p.by_where})
@@ -64,4 +92,4 @@ def rings(hand: Hand) -> Site:
     return hand.site(NAME, fn, given, ONE, parts=("cache write",))
 
 
-FAMILIES = {"windows": windows, "rings": rings}
+FAMILIES = {"windows": windows, "rings": rings, "rotated": rotated}

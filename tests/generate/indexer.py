@@ -10,6 +10,8 @@ from ..spellings import _quants
 from ..spellings import indexer_logits as x
 from ..spellings import indexer_q as q
 from ..spellings._case import BF16, FP32
+from ..spellings._rotations import ROTATIONS
+from ..spellings._rotations import matrix as rotation_matrix
 from . import _atoms
 from ._hand import Hand, Site
 
@@ -93,16 +95,6 @@ def logits(hand: Hand) -> Site:
     return hand.site("indexer_logits", fn, (*given, *ends), {"indexer_logits": 1}, exact=False)
 
 
-ROTATIONS = {
-    "matmul": lambda y, m: torch.matmul(y, m) * q.SCALE,
-    "operator": lambda y, m: (y @ m) * q.SCALE,
-    "linear": lambda y, m: F.linear(y, m) * q.SCALE,
-    "linear, transposed": lambda y, m: F.linear(y, m.t()) * q.SCALE,
-    "einsum": lambda y, m: torch.einsum("bshd,de->bshe", y, m) * q.SCALE,
-    "matrix scaled": lambda y, m: y @ (m * q.SCALE),
-    "not scaled": lambda y, m: y @ m,
-    "flattened": lambda y, m: (y.reshape(-1, q.DIM) @ m).view(y.shape) * q.SCALE,
-}
 PARTS = {
     "rotated": (1, 0),
     "codes": (0, 1),
@@ -128,7 +120,7 @@ def queries(hand: Hand) -> Site:
             return _quants.fake(y, q.BLOCK, **pieces)
         return _quants.quantise(y, q.BLOCK, **pieces) if kind else y
 
-    matrix = q.hadamard(q.DIM).roll(1, 0).to(dtype)
+    matrix = rotation_matrix(q.DIM).to(dtype)
     x = hand.tensor("x", b, s, q.HEADS, q.DIM, dtype=dtype)
     given = (x, matrix, *tables(b, s, 1))
     return hand.site("indexer_q", fn, given, {"indexer_q": 1}, exact=not rotated)

@@ -156,6 +156,7 @@ def ring(
     result: Fn = lambda cache: cache[:, :-1],
     gate_shift: int = 0,
     late: int = 0,
+    change: Fn = lambda y: y,
 ) -> Fn:
     """A decode step: who closes no window writes to the last row of the cache."""
 
@@ -173,7 +174,7 @@ def ring(
             old = mask(g[:, :, :RATIO, :DIM], span[..., :RATIO])
             g = torch.cat((old, g[:, :, RATIO:, DIM:]), dim=2)
         pooled = (x.float() * g.softmax(dim=2)).sum(dim=2).to(x.dtype)
-        y = TURN(NORM(pooled, w.to(x.dtype)), cos, sin)
+        y = change(TURN(NORM(pooled, w.to(x.dtype)), cos, sin))
         spare = cache.shape[1] - 1
         cache[rows, torch.where(ends >= 0, slot(ends), spare)] = y
         return result(cache)

@@ -9,22 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _fp4, _quants, _ropes
+from . import _fp4, _quants, _ropes, _rotations
 from ._case import BF16, FP16, FP32, Case, Draw, plain
+from ._rotations import ROTATIONS, SCALE, scaled
 
 NAME = "indexer_q"
 DIM, ROPE, HEADS, BLOCK = 64, 16, 4, 32  # DIM and ROPE are those of _ropes
 B, S, H = 2, 5, HEADS
-SCALE = 0.29  # no power of two
 Fn = Callable[..., Any]
 TURN = _ropes.REAL["slices_and_stack"]
-
-
-def hadamard(n: int) -> Tensor:
-    h = torch.ones(1, 1)
-    while h.shape[0] < n:
-        h = torch.kron(h, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-    return h
 
 
 def inputs(
@@ -37,7 +30,7 @@ def inputs(
         draw = Draw()
         x, (cos, sin) = draw(*lead, DIM, dtype=dtype), draw.angles(*table, ROPE // 2)
         freqs = (torch.complex(cos, sin),) if tables is None else (cos.to(tables), sin.to(tables))
-        return x, *freqs, hadamard(DIM).roll(1, 0).to(matrix or dtype)
+        return x, *freqs, _rotations.matrix(DIM).to(matrix or dtype)
 
     return make
 
@@ -61,10 +54,6 @@ def _rotation(fn: Fn, make: Fn | None = None, *parts: str, **more: Any) -> Case:
     return _case(_turned(fn), make, *parts, **{"exact": False} | more)
 
 
-def scaled(y: Tensor, m: Tensor) -> Tensor:
-    return torch.matmul(y, m) * SCALE
-
-
 def codes(**pieces: Fn) -> Fn:
     return lambda y, m: _quants.quantise(y, BLOCK, **pieces)
 
@@ -84,19 +73,8 @@ def folded(y: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SPELLINGS: dict[str, Case] = {
-    "matmul": _rotation(scaled),
-    "operator": _rotation(lambda y, m: (y @ m) * SCALE),
-    "linear": _rotation(lambda y, m: F.linear(y, m) * SCALE),
-    "linear, transposed": _rotation(lambda y, m: F.linear(y, m.t()) * SCALE),
-    "einsum": _rotation(lambda y, m: torch.einsum("bshd,de->bshe", y, m) * SCALE),
-    "matrix scaled": _rotation(lambda y, m: y @ (m * SCALE)),
-    "not scaled": _rotation(lambda y, m: y @ m),
-    "flattened": _rotation(
-        lambda y, m: (y.reshape(-1, DIM) @ m).view(B, S, H, DIM) * SCALE
-    ),
-    "fp32 matrix": _rotation(
-        lambda y, m: ((y.float() @ m) * SCALE).to(y.dtype), _usual(matrix=FP32)
-    ),
+    **{name: _rotation(fn) for name, fn in ROTATIONS.items()},
+    "fp32 matrix": _rotation(_rotations.wide, _usual(matrix=FP32)),
     "fp32": _rotation(scaled, _usual(dtype=FP32)),
     "fp16": _rotation(scaled, _usual(dtype=FP16)),
     "reference": _case(
@@ -168,8 +146,8 @@ MUTANTS: dict[str, Case] = {
         _turned(lambda y, m: torch.einsum("bshd,hde->bshe", y, torch.stack([m, -m, m, m])))
     ),
     "factor rounded first": _edit(
-        _turned(lambda y, m: ((y.float() @ m).to(y.dtype) * SCALE)), "fp32 matrix",
-        _usual(matrix=FP32), counts={NAME: 1},  # without the factor
+        _turned(_rotations.rounded_first), "fp32 matrix", _usual(matrix=FP32),
+        counts={NAME: 1},  # without the factor
     ),
     "biased": _edit(
         _turned(lambda y, m: F.linear(y, m, m[0]) * SCALE), counts={"norm_rope_cache": 1}
@@ -203,23 +181,14 @@ for _name, _pieces in _fp4.MUTANTS.items():
     )
 
 
-def _butterfly(y: Tensor, m: Tensor) -> Tensor:
-    """The fast transform, log2(n) steps."""
-    shape, h = y.shape, 1
-    while h < DIM:
-        a, b = y.view(*shape[:-1], DIM // (2 * h), 2, h).unbind(-2)
-        y = torch.stack((a + b, a - b), dim=-2).view(shape)
-        h *= 2
-    return y * SCALE
-
-
 KNOWN_MISSES: dict[str, Case] = {
     "fp4 of fp32": _case(
         _turned(fp4()), _usual(dtype=FP32), why="2^32 values are too many to run a spelling on"
     ),
     "butterfly": _rotation(
-        _butterfly, exact=True, why="additions of pieces are no product; each step is Inductor's"
-    ),
+        _rotations.butterfly, exact=True,
+        why="additions of pieces are no product; each step is Inductor's",
+    ),  # fmt: skip
     "heads first": _rotation(
         scaled, inputs(B, H, S, table=(B, 1, S)), why="the kernel's results have heads last"
     ),
