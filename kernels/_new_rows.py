@@ -50,9 +50,6 @@ def step_views(new: NewRows, dim: int) -> tuple[Tensor | None, ...]:
         common.require(fits, f"{name} must be a cache [P, R, C], its last axis dense")
         common.require(t.dtype in common.FLOATS and cache.dtype in common.FLOATS,
                        f"{name} must be bf16, fp16 or fp32")  # fmt: skip
-    pages, requests = new.kv_cache.shape[0], new.kv.shape[0]
-    fixed = isinstance(pages, int) and isinstance(requests, int)
-    common.require(not fixed or requests <= pages, f"{requests} requests have {pages} pages")
     common.require(new.kv.dtype == new.kv_cache.dtype, "new_kv has another dtype than its cache")
     halves = {new.channel} | ({new.channel_before} if new.before else set())
     common.require(halves == set(range(0, channels, dim)), "the halves are not all of the channels")

@@ -29,13 +29,6 @@ Rounding gate + bias is fp32, with narrow_bias rounded to the gate's dtype. pool
          of ``atoms.e2m1``, nearest with ties to even; then quant_scale is "pow2".
 Errors   ValueError for other sizes and dtypes, an unknown form, lanes that are no whole groups, a
          matrix with a quantiser that is not fp4.
-Step     compress_kv_step first writes the raw rows of a decode step of S tokens, at most 8 and an
-         entry for each: new_kv and new_gate ``[B,S,C]`` (+ ``step_bias[place]`` in fp32, of
-         ``[R,C]`` and ``[B,S]``) to row at[b,s] of page b of kv and gate ``[P,R,C]``, negative ones
-         from the end, others not at all. C holds D channels (or 2 D: ``channel`` says where those
-         of a window's own rows lie, ``channel_before`` those before). What is pooled holds the new
-         rows, whatever ends say: a program takes those of its page from new_kv and new_gate and
-         no other program writes there, so none reads what another one writes. spare, not keep.
 Slots    as in ``norm_rope_cache``. With ``spare`` the cache's last row takes what is not wanted:
          nothing is written there, and without keep such an entry is not computed. A row that is
          skipped this way costs one load.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _fp4, _pools, _quants, _rotations
-from ._case import BF16, FP32, Case, Draw, plain
+from ._case import BF16, FP16, FP32, Case, Draw, plain
 from ._layouts import NORM, ROPE, TURN
 from ._pools import BATCH, COUNT, RATIO
 from ._rotations import ROTATIONS, SCALE, scaled
@@ -99,10 +99,13 @@ def ring(*given: Tensor) -> Tensor:
 SPELLINGS: dict[str, Case] = {
     **{f"rotation: {n}": case(ROTATIONS[n]) for n in ("matmul", "linear, transposed", "flattened")},
     "rotation: fp32 matrix": case(_rotations.wide, inputs(matrix=FP32)),
+    "rotation: fp16": case(scaled, inputs(dtype=FP16)),
+    "rotation: one entry": case(scaled, inputs(count=1), "norm", TURNED),
     "rotation: dynamic": case(scaled, dynamic={i: (0,) for i in (0, 1, 5, 6)}),
     "rotation, fp4": case(
         lambda y, m: fp4(scaled(y, m)), None, POOLED, "matrix → fp4 fake quant"
     ),
+    "rotation, write": stored(scaled, "matrix → cache write"),
     "rotation, fp4, write": stored(
         lambda y, m: fp4(scaled(y, m)), "matrix → fp4 fake quant → cache write"
     ),
@@ -147,6 +150,7 @@ MUTANTS: dict[str, Case] = {
         like=SPELLINGS["rotation: matmul"],
     ),
     "rotation: half of the matrix": edit(lambda y, m: scaled(y, m[:, : DIM // 2])),
+    "rotation: by itself": edit(lambda y, m: scaled(y, y.mT @ y)),
     "rotation: over the entries": edit(
         lambda y, m: torch.einsum("bnd,nm->bmd", y, m[:COUNT, :COUNT]) * SCALE
     ),
@@ -162,6 +166,9 @@ MUTANTS: dict[str, Case] = {
     "rotation: another sign": edit(  # of another matrix, which the op is given
         lambda y, m: scaled(y, -m), parts=(POOLED, TURNED), absent=()
     ),
+    "rotation: another factor": edit(
+        lambda y, m: (y @ m) * (SCALE / 2), parts=(POOLED, TURNED), absent=()
+    ),
     "rotation: behind the quant": edit(
         lambda y, m: scaled(fp4(y), m), "rotation, fp4", parts=(POOLED, "rope → fp4 fake quant")
     ),
@@ -175,6 +182,6 @@ MUTANTS: dict[str, Case] = {
             lambda y, m, pieces=_fp4.MUTANTS[name]: _fp4.fake(scaled(y, m), 32, **pieces),
             "rotation, fp4", parts=(POOLED, TURNED), absent=("quant",),
         )
-        for name in ("ties up",)
+        for name in ("ties up", "other maximum")
     },
 }  # fmt: skip

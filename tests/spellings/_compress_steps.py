@@ -126,6 +126,9 @@ MUTANTS: dict[str, Case] = {
     "step: pages that are given": edit(step(page=lambda b, p: 1 - p // RATIO)),
     "step: pages backwards": edit(step(page=lambda b, p: b - 1 - torch.arange(b)[:, None])),
     "step: a page that is shared": edit(step(page=lambda b, p: torch.arange(b)[:, None] // 2)),
+    "step: pages from 1 on": edit(
+        step(page=lambda b, p: torch.arange(b)[:, None] - 1)  # the last one comes first
+    ),
     "step: another page is read": edit(step(read=lambda rows: rows.flip(0))),
     "step: gates to other rows": edit(step(gate_at=lambda p, n: (p + 1) % n)),
     "step: read before it is written": edit(step(first=another)),
