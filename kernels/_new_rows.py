@@ -51,6 +51,8 @@ def step_views(new: NewRows, dim: int) -> tuple[Tensor | None, ...]:
         common.require(t.dtype in common.FLOATS and cache.dtype in common.FLOATS,
                        f"{name} must be bf16, fp16 or fp32")  # fmt: skip
     common.require(new.kv.dtype == new.kv_cache.dtype, "new_kv has another dtype than its cache")
+    common.require_static(new_tokens=new.kv.shape[1])
+    common.require(new.kv.shape[1] <= MOST, f"at most {MOST} new tokens of each request")
     halves = {new.channel} | ({new.channel_before} if new.before else set())
     common.require(halves == set(range(0, channels, dim)), "the halves are not all of the channels")
     if new.bias is None:

@@ -86,15 +86,14 @@ def launch(
     entries = z.batch * z.count
     few = isinstance(z.count, int) and z.count <= MOST and spare and not keep
     common.require(new is None or few and new.kv.shape[1] == z.count,
-                   f"rows are written in steps of up to {MOST} tokens, with an entry for each")
+                   "rows are written in steps of few tokens, an entry for each, most not wanted")
     groups = z.batch if few else entries
     chosen = choose(z, groups, few)
     step = min(chosen.step, z.width)
     block = triton.next_power_of_2(min(z.dim, chosen.columns or z.dim))
     pooled_dtype = torch.float32 if precise else pool_dtype
     pooled = kv.new_empty((entries, z.dim) if chosen.columns else (0,), dtype=pooled_dtype)
-    # What is there and is not written: a tensor that is written is one argument only.
-    filler = kv if new is None else new.kv
+    filler = cos  # never what is written: one tensor as two arguments would be cloned
     arguments = dict(
         **_tensors(ends, filler, kv=kv, kvb=kv_before, gate=gate, gateb=gate_before),
         **host.cache_arguments(
@@ -208,16 +207,15 @@ def compress_kv_step(
     quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
     via: str = "div", quant_fp4: str = "", factor: float = 1.0, slot_start: int = 0,
     seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
-) -> Tensor:  # fmt: skip
-    """A decode step's rows to their rings, then the entries that these close to the cache; returns
-    nothing, a tensor of shape [0]."""
+) -> None:  # fmt: skip
+    """A decode step's rows to their rings, then the entries that these close to the cache."""
     new = NewRows(kv, gate, new_kv, new_gate, at, step_bias, place, channel, channel_before, before)
     x, g, old, old_gate = step_views(new, cache.shape[-1])
     on_cpu = common.use_reference(kv)
     if on_cpu:
         new.write()
     run = reference if on_cpu else partial(launch, new=new)
-    return run(
+    run(
         x, g, old, old_gate, None, None, weight, cos, sin, ends, None, width=width, ring=ring,
         shifted=False, masked=masked, narrow_bias=False, pool_rounding=pool_rounding,
         pool_dtype=pool_dtype, eps=eps, norm=norm, rope_rounding=rope_rounding, precise=precise,
@@ -250,8 +248,7 @@ def _(kv, gate, weight, cos, sin, ends, cache, slot, seq, new_kv, new_gate, at, 
       place=None, matrix=None, *, channel=0, channel_before=0, before=False, **how):
     new = NewRows(kv, gate, new_kv, new_gate, at, step_bias, place, channel, channel_before, before)
     x, g, old, old_gate = step_views(new, cache.shape[-1])
-    return _fake(x, g, old, old_gate, None, None, weight, cos, sin, ends, None, matrix, keep=False,
-                 **how)  # fmt: skip
+    _fake(x, g, old, old_gate, None, None, weight, cos, sin, ends, None, matrix, **how)
 
 
 def traffic(kv: Tensor, gate: Tensor, cos: Tensor, *, entries: int, rows: int, out: Tensor) -> int:

@@ -103,16 +103,14 @@ def _with_rows(scene: Scene, site: Site, writes: list[Write]) -> Site | None:
     leg = site.leg
     if not site.spare or scene.live_without(leg.root, [leg.slots.write.node]):
         return None
-    shape = maps.sizes_of(leg.root.meta["val"])
-    for order in (leg.order, leg.order[::-1]) if leg.order[0] is None else (leg.order,):
-        # A lone axis of tokens is those of one request, or one of each.
+    if leg.order[0] is None:  # one token of each request: their axis is the batch
+        order = leg.order[::-1]
         again = replace(leg, order=order, slots=replace(leg.slots, order=order))
-        seated = _site(scene, site.pool, again)
-        sizes = tuple(1 if a is None else shape[a] for a in order)
-        step = seated and step_rows(scene, seated.windows, sizes, writes)
-        if step:
-            return replace(seated, step=step)
-    return None
+        site = _site(scene, site.pool, again) or site
+    shape = maps.sizes_of(leg.root.meta["val"])
+    sizes = tuple(1 if a is None else shape[a] for a in site.leg.order)
+    step = step_rows(scene, site.windows, sizes, writes)
+    return replace(site, step=step) if step else None
 
 
 def _spare(scene: Scene, leg: Leg) -> bool:

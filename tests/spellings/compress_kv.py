@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compress_rotations, _compress_steps, _fp4, _pools, _quants
+from . import _compress_rotations, _fp4, _pools, _quants
 from ._case import BF16, FP16, FP32, Case, Draw, plain
 from ._layouts import NORM, TURN
 from ._pools import BATCH, COUNT, DIM, RATIO
@@ -200,7 +200,7 @@ SPELLINGS |= {
     ),
 }  # fmt: skip
 
-SPELLINGS |= _compress_rotations.SPELLINGS | _compress_steps.SPELLINGS
+SPELLINGS |= _compress_rotations.SPELLINGS
 KNOWN_MISSES = {
     **_compress_rotations.KNOWN_MISSES,
     "rows behind the channels": rows_case(
@@ -227,7 +227,6 @@ AS_IS = {"count": 1, "parts": ("Pool", "norm"), "absent": ("before",)}
 APART_LIKE = {"like": SPELLINGS["apart"], "inputs": APART}
 MUTANTS: dict[str, Case] = {
     **_compress_rotations.MUTANTS,
-    **_compress_steps.MUTANTS,
     "weights of a window without its first row": mutant(_pools.hf, _pools.shifted_weights),
     "softmax over the entries": mutant(_pools.hf, _pools.over_entries),
     "a mean": mutant(_pools.hf, _pools.averaged),
