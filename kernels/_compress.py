@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ._common import batch_and_position, narrow, round_to
 from ._fp4 import fake_fp4
-from ._pool import new_gates, pool, pool_by_steps
+from ._pool import pool, pool_by_steps
 from ._rows import cache_row, fake_quant, load_table, norm_rotate
 from ._turn import turn_row
 
@@ -16,8 +16,7 @@ from ._turn import turn_row
 # known as such: else each value is loaded on its own.
 TOKEN_ARGUMENTS = (
     "length", "entries", "ends_sb", "ends_ss", "page_sb", "page_ss", "pages", "slots",
-    "slot_start", "seq_start", "slot_sb", "slot_ss", "seq_sb", "seq_ss", "at_sb", "at_ss",
-    "place_sb", "place_ss",
+    "slot_start", "seq_start", "slot_sb", "slot_ss", "seq_sb", "seq_ss",
 )  # fmt: skip
 
 
@@ -47,8 +46,6 @@ def one_entry(
     HAS_W: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, KEEP: tl.constexpr,
     HAS_CACHE: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
     VIA_MUL: tl.constexpr, FP4: tl.constexpr, COLUMNS: tl.constexpr, FACTOR: tl.constexpr,
-    new, NEW: tl.constexpr, NOW_AT: tl.constexpr, OLD_AT: tl.constexpr,
-    HAS_STEP_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Pool and finish one entry, or one of both; what does not wait for the window goes first."""
     XD: tl.constexpr = pooled_ptr.dtype.element_ty if NARROW else tl.float32
@@ -66,16 +63,14 @@ def one_entry(
             kv_ptr, kvb_ptr, gate_ptr, gateb_ptr, bias_ptr, biasb_ptr, b, s, end, source, col,
             kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
             gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw, D, BLOCK, WIDTH, BEFORE, STEP, TILES,
-            STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, XD, new, NEW, NOW_AT,
-            OLD_AT, HAS_STEP_BIAS,
+            STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, XD,
         )  # fmt: skip
     elif POOL:
         y = pool(
             kv_ptr, kvb_ptr, gate_ptr, gateb_ptr, bias_ptr, biasb_ptr, b, s, end, source, col,
             kv_sb, kv_ss, kv_sw, kvb_sb, kvb_ss, kvb_sw, gate_sb, gate_ss, gate_sw,
             gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw, D, WIDTH, BEFORE, SHIFTED,
-            GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, POOL_EVERY, XD, new, NEW, NOW_AT, OLD_AT,
-            HAS_STEP_BIAS,
+            GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW, POOL_EVERY, XD,
         )  # fmt: skip
     else:
         y = tl.load(pooled_ptr + entry * D + col, mask=col < D, other=0.0).to(tl.float32)
@@ -108,34 +103,6 @@ def one_entry(
 
 
 @triton.jit
-def write_row(b, k, at, there, col, kv_ptr, kv_sb, kv_sw, gate_ptr, gate_sb, gate_sw, new,
-              CHANNEL: tl.constexpr, HAS_STEP_BIAS: tl.constexpr):
-    """The channels ``CHANNEL + col`` of row k of this step, to row ``at`` of page b."""
-    x = tl.load(new[0] + b * new[1] + k * new[2] + CHANNEL + col, mask=there, other=0.0)
-    tl.store(kv_ptr + b * kv_sb + at * kv_sw + CHANNEL + col, x, mask=there)
-    row = tl.zeros((1,), tl.int32) + k
-    g = new_gates(b, row, col, there[None, :], new, CHANNEL, HAS_STEP_BIAS)
-    g = tl.reshape(g, (col.shape[0],)).to(gate_ptr.dtype.element_ty)
-    tl.store(gate_ptr + b * gate_sb + at * gate_sw + CHANNEL + col, g, mask=there)
-
-
-@triton.jit
-def write_rows(b, col, kv_ptr, kv_sb, kv_sw, gate_ptr, gate_sb, gate_sw, new, D: tl.constexpr,
-               NEW: tl.constexpr, NOW_AT: tl.constexpr, OLD_AT: tl.constexpr,
-               HAS_STEP_BIAS: tl.constexpr):
-    """Columns ``col`` of both halves of this step's NEW rows of a request, to page b."""
-    for k in tl.static_range(NEW):
-        at = tl.load(new[11] + b * new[12] + k * new[13]).to(tl.int64)
-        at = tl.where(at < 0, at + new[14], at)
-        there = (col < D) & (at >= 0) & (at < new[14])
-        write_row(b, k, at, there, col, kv_ptr, kv_sb, kv_sw, gate_ptr, gate_sb, gate_sw, new,
-                  NOW_AT, HAS_STEP_BIAS)
-        if NOW_AT != OLD_AT:
-            write_row(b, k, at, there, col, kv_ptr, kv_sb, kv_sw, gate_ptr, gate_sb, gate_sw, new,
-                      OLD_AT, HAS_STEP_BIAS)
-
-
-@triton.jit
 def chosen(this, x):
     """The one of x (or x itself, which all share) where ``this`` is set."""
     return tl.sum(tl.where(this, x, 0), axis=0)
@@ -150,9 +117,7 @@ def compress_kernel(
     gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw, ends_sb, ends_ss, page_sb, page_ss,
     cos_sb, cos_ss, cos_sd, sin_sb, sin_ss, sin_sd, m_si, m_so,
     pages, slots, cache_sp, cache_sn, slot_sb, slot_ss, seq_sb, seq_ss, slot_start, seq_start,
-    scales_at, scales_step, nk_ptr, nk_sb, nk_ss, ng_ptr, ng_sb, ng_ss, nb_ptr, nb_sr,
-    place_ptr, place_sb, place_ss, at_ptr, at_sb, at_ss, rows, places,
-    D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    scales_at, scales_step, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     LANES: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, POOL: tl.constexpr,
     FINISH: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, STEP: tl.constexpr,
     TILES: tl.constexpr, STAGES: tl.constexpr, SHIFTED: tl.constexpr, GATHER: tl.constexpr,
@@ -163,18 +128,13 @@ def compress_kernel(
     HAS_SEQ: tl.constexpr, FLAT_SLOT: tl.constexpr, WRAP: tl.constexpr, SPARE: tl.constexpr,
     PACKED: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
     VIA_MUL: tl.constexpr, FP4: tl.constexpr, COLUMNS: tl.constexpr, FACTOR: tl.constexpr,
-    NEW: tl.constexpr, NOW_AT: tl.constexpr, OLD_AT: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
 ):  # fmt: skip
     """PARTS programs, of BLOCK columns each, for every entry, or (LANES > 0) every batch row.
 
     COLUMNS: so many lanes of a row are turned by the matrix at a time; 0: there is none.
     NARROW: pooled_ptr's dtype is the pool's. LANES: a batch row has up to so many entries, most
     of which are not wanted; its programs look at all in one load, and do those that are.
-    NEW (with LANES): so many rows of the step each program writes to the kv and gate of its page
-    as well; the pages of two batch rows differ.
     """
-    new = (nk_ptr, nk_sb, nk_ss, ng_ptr, ng_sb, ng_ss, nb_ptr, nb_sr, place_ptr, place_sb,
-           place_ss, at_ptr, at_sb, at_ss, rows, places)  # fmt: skip
     col = tl.program_id(0) % PARTS * BLOCK + tl.arange(0, BLOCK)
     entry = (tl.program_id(0) // PARTS).to(tl.int64)
     if LANES > 0:
@@ -197,11 +157,6 @@ def compress_kernel(
     page, slot, live = cache_row(slot, page, there, pages, slots, PAGED, FLAT_SLOT, WRAP)
     if SPARE:
         live &= slot < slots - 1
-    if NEW > 0:
-        kvb_ptr, gateb_ptr = kv_ptr, gate_ptr
-    if NEW > 0 and POOL:
-        write_rows(b, col, kv_ptr, kv_sb, kv_sw, gate_ptr, gate_sb, gate_sw, new, D, NEW, NOW_AT,
-                   OLD_AT, HAS_STEP_BIAS)
     if LANES > 0:
         k = tl.cast(-1, tl.int64)
         for _ in range(tl.sum(live.to(tl.int32), axis=0)):
@@ -216,7 +171,6 @@ def compress_kernel(
                 BLOCK, HALF, POOL, FINISH, WIDTH, BEFORE, STEP, TILES, STAGES, SHIFTED, GATHER,
                 RING, MASKED, HAS_BIAS, BIAS_NARROW, POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY,
                 PRECISE, KEEP, HAS_CACHE, GROUP, FLOOR, POW2, VIA_MUL, FP4, COLUMNS, FACTOR,
-                new, NEW, NOW_AT, OLD_AT, HAS_STEP_BIAS,
             )  # fmt: skip
     else:
         wanted = live
@@ -232,5 +186,4 @@ def compress_kernel(
                 BEFORE, STEP, TILES, STAGES, SHIFTED, GATHER, RING, MASKED, HAS_BIAS, BIAS_NARROW,
                 POOL_EVERY, NARROW, NORM, EPS, HAS_W, EVERY, PRECISE, KEEP, HAS_CACHE, GROUP, FLOOR,
                 POW2, VIA_MUL, FP4, COLUMNS, FACTOR,
-                new, NEW, NOW_AT, OLD_AT, HAS_STEP_BIAS,
             )  # fmt: skip

@@ -1,8 +1,4 @@
-"""One window of compress_kv pooled per channel: all of its rows at once, or a few at a time.
-
-Where the launch writes its step's rows to the caches too, ``new`` says where those come from, and
-no row that the step writes is read from its cache: of which position it is does not matter.
-"""
+"""One window of compress_kv pooled per channel: all of its rows at once, or a few at a time."""
 
 from __future__ import annotations
 
@@ -22,47 +18,6 @@ def cache_rows(first, n, W: tl.constexpr, RING: tl.constexpr):
         return ((first + n) % RING + RING) % RING
     else:
         return tl.maximum(first + n, 0)
-
-
-@triton.jit
-def written_as(row, b, new, NEW: tl.constexpr):
-    """Which of the NEW rows that this step writes to page b each of these is, or −1."""
-    at_ptr, at_sb, at_ss, rows = new[11], new[12], new[13], new[14]
-    source = tl.full(row.shape, -1, tl.int32)
-    for k in tl.static_range(NEW):
-        at = tl.load(at_ptr + b * at_sb + k * at_ss).to(tl.int64)
-        source = tl.where(row == tl.where(at < 0, at + rows, at), k, source)
-    return source
-
-
-@triton.jit
-def new_gates(b, k, col, there, new, channel: tl.constexpr, HAS_STEP_BIAS: tl.constexpr):
-    """fp32 gates of rows k ``[..]`` of this step, with the bias that their positions have."""
-    g = load_tile(new[3], b * new[4] + channel, k, new[5], col, there, 0.0)
-    if HAS_STEP_BIAS:
-        at = tl.load(new[8] + b * new[9] + k * new[10]).to(tl.int64)
-        at = tl.where(at < 0, at + new[15], at)
-        g += load_tile(new[6], channel, at, new[7], col, there, 0.0)
-    return g
-
-
-@triton.jit
-def load_held(
-    ptr, offset, row, stride, col, there, other: tl.constexpr, b, source, new,
-    channel: tl.constexpr, GATES: tl.constexpr, NEW: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
-):  # fmt: skip
-    """``load_tile`` of a cache's rows ``channel`` on; those that this step writes, from there."""
-    if NEW == 0:
-        return load_tile(ptr, offset, row, stride, col, there, other)
-    else:
-        held = tl.expand_dims(source < 0, -1)
-        k = tl.maximum(source, 0)
-        x = load_tile(ptr, offset + channel, row, stride, col, there & held, other)
-        if GATES:
-            y = new_gates(b, k, col, there & (held == 0), new, channel, HAS_STEP_BIAS)
-        else:
-            y = load_tile(new[0], b * new[1] + channel, k, new[2], col, there & (held == 0), 0.0)
-        return tl.where(there & (held == 0), y, x)
 
 
 @triton.jit
@@ -97,8 +52,7 @@ def pool(
     gateb_sb, gateb_ss, gateb_sw, bias_sw, biasb_sw,
     D: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, SHIFTED: tl.constexpr,
     GATHER: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BIAS_NARROW: tl.constexpr, EVERY: tl.constexpr, XD: tl.constexpr, new, NEW: tl.constexpr,
-    NOW_AT: tl.constexpr, OLD_AT: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
+    BIAS_NARROW: tl.constexpr, EVERY: tl.constexpr, XD: tl.constexpr,
 ):  # fmt: skip
     """``atoms.softmax_pool`` of one window in the columns ``col``: fp32 values of XD."""
     KD: tl.constexpr = kv_ptr.dtype.element_ty
@@ -109,13 +63,8 @@ def pool(
     if GATHER:
         row = cache_rows(end - (WIDTH - 1), row, WIDTH, RING)
         kv_at, gate_at = page * kv_sb, page * gate_sb
-    source = row
-    if NEW > 0:
-        source = written_as(row, b, new, NEW)
-    g = load_held(gate_ptr, gate_at, row, gate_sw, col, now, 0.0, b, source, new, NOW_AT, True,
-                  NEW, HAS_STEP_BIAS)
-    x = load_held(kv_ptr, kv_at, row, kv_sw, col, now, 0.0, b, source, new, NOW_AT, False, NEW,
-                  HAS_STEP_BIAS)
+    g = load_tile(gate_ptr, gate_at, row, gate_sw, col, now, 0.0)
+    x = load_tile(kv_ptr, kv_at, row, kv_sw, col, now, 0.0)
     g = biased(g, bias_ptr, tl.arange(0, WIDTH), bias_sw, col, now, HAS_BIAS, GD)
     top = tl.max(g, axis=0)
     if BEFORE > 0:
@@ -132,13 +81,8 @@ def pool(
             kv_at, gate_at = page * kvb_sb, page * gateb_sb
             if MASKED:
                 there = old & (first + tl.arange(0, BEFORE) >= 0)[:, None]
-        source = row
-        if NEW > 0:
-            source = written_as(row, b, new, NEW)
-        gb = load_held(gateb_ptr, gate_at, row, gateb_sw, col, there, 0.0, b, source, new, OLD_AT,
-                       True, NEW, HAS_STEP_BIAS)
-        xb = load_held(kvb_ptr, kv_at, row, kvb_sw, col, there if SHIFTED else old, 0.0, b, source,
-                       new, OLD_AT, False, NEW, HAS_STEP_BIAS)
+        gb = load_tile(gateb_ptr, gate_at, row, gateb_sw, col, there, 0.0)
+        xb = load_tile(kvb_ptr, kv_at, row, kvb_sw, col, there if SHIFTED else old, 0.0)
         gb = biased(gb, biasb_ptr, tl.arange(0, BEFORE), biasb_sw, col, old, HAS_BIAS, GD)
         gb = tl.where(there | (col >= D)[None, :], gb, float("-inf"))
         top = tl.maximum(top, tl.max(gb, axis=0))
@@ -161,8 +105,7 @@ def load_rows(
     kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col, first, start,
     reachable, W: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, GATHER: tl.constexpr,
     RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, GD: tl.constexpr,
-    D: tl.constexpr, b, new, NEW: tl.constexpr, CHANNEL: tl.constexpr,
-    HAS_STEP_BIAS: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles ``[STEP, BLOCK]`` of gates and of kv, from row ``start`` of W on.
 
@@ -177,13 +120,8 @@ def load_rows(
             row = cache_rows(first, n, W, RING)
             if MASKED:
                 there = inside & (first + n >= 0)[:, None]
-        source = row
-        if NEW > 0:
-            source = written_as(row, b, new, NEW)
-        g = load_held(gate_ptr, gate_at, row, gate_sw, col, there, float("-inf"), b, source, new,
-                      CHANNEL, True, NEW, HAS_STEP_BIAS)
-        rows += (load_held(kv_ptr, kv_at, row, kv_sw, col, inside, 0.0, b, source, new, CHANNEL,
-                           False, NEW, HAS_STEP_BIAS),)
+        g = load_tile(gate_ptr, gate_at, row, gate_sw, col, there, float("-inf"))
+        rows += (load_tile(kv_ptr, kv_at, row, kv_sw, col, inside, 0.0),)
         gates += (biased(g, bias_ptr, n, bias_sw, col, there, HAS_BIAS, GD),)
     return gates, rows
 
@@ -219,8 +157,7 @@ def pool_by_steps(
     D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, SHIFTED: tl.constexpr,
     GATHER: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BIAS_NARROW: tl.constexpr, XD: tl.constexpr, new, NEW: tl.constexpr, NOW_AT: tl.constexpr,
-    OLD_AT: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
+    BIAS_NARROW: tl.constexpr, XD: tl.constexpr,
 ):  # fmt: skip
     """The same with the sums of a few rows at a time, and no rounding at each step."""
     GD: tl.constexpr = gate_ptr.dtype.element_ty if BIAS_NARROW else tl.float32
@@ -240,14 +177,13 @@ def pool_by_steps(
     for start in tl.range(0, WIDTH, TILES * STEP, num_stages=STAGES):
         gates, rows = load_rows(
             kv_ptr, gate_ptr, bias_ptr, kv_at, gate_at, kv_sw, gate_sw, bias_sw, col, first, start,
-            s >= 0, WIDTH, STEP, TILES, GATHER, RING, False, HAS_BIAS, GD, D, b, new, NEW, NOW_AT,
-            HAS_STEP_BIAS,
+            s >= 0, WIDTH, STEP, TILES, GATHER, RING, False, HAS_BIAS, GD, D,
         )  # fmt: skip
         if BEFORE > 0:
             old = load_rows(
                 kvb_ptr, gateb_ptr, biasb_ptr, kvb_at, gateb_at, kvb_sw, gateb_sw, biasb_sw, col,
                 first - BEFORE, start, reachable, BEFORE, STEP, TILES, GATHER, RING, MASKED,
-                HAS_BIAS, GD, D, b, new, NEW, OLD_AT, HAS_STEP_BIAS,
+                HAS_BIAS, GD, D,
             )  # fmt: skip
             gates, rows = gates + old[0], rows + old[1]
         top, total, y = add_rows(

@@ -38,21 +38,21 @@ Source   TensorRT-LLM #14124 (reduction of a wide window over several warps, one
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from dsv4fuse import atoms
+
 from . import _common as common
 from . import _norm_rope as host
+from . import norm_rope_cache as rows
 from ._compress import compress_kernel
-from ._compress_reference import reference
 from ._fp4 import fp4_form
 from ._launch import wrap_triton
-from ._new_rows import MOST, NewRows, step_arguments, step_views
 from ._norms import out_dtype
+from ._turn import turned
 from ._windows import check, check_turn, choose, columns_turned, finish_warps
 
 
@@ -75,7 +75,7 @@ def launch(
     matrix: Tensor | None = None, factor: float = 1.0, cache: Tensor | None = None,
     slot: Tensor | None = None, seq: Tensor | None = None, slot_start: int = 0,
     seq_start: int = 0, flat_slot: bool = False, wrap: bool = True, keep: bool = True,
-    spare: bool = False, new: NewRows | None = None,
+    spare: bool = False,
 ) -> Tensor:  # fmt: skip
     """Allocate the output and launch: once, or for a wide window pool and finish apart."""
     z = check(kv, gate, kv_before, gate_before, bias, bias_before, cos, sin, ends, width=width,
@@ -84,30 +84,27 @@ def launch(
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
     check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
     entries = z.batch * z.count
-    few = isinstance(z.count, int) and z.count <= MOST and spare and not keep
-    common.require(new is None or few and new.kv.shape[1] == z.count,
-                   "rows are written in steps of few tokens, an entry for each, most not wanted")
+    few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
     groups = z.batch if few else entries
     chosen = choose(z, groups, few)
     step = min(chosen.step, z.width)
     block = triton.next_power_of_2(min(z.dim, chosen.columns or z.dim))
     pooled_dtype = torch.float32 if precise else pool_dtype
     pooled = kv.new_empty((entries, z.dim) if chosen.columns else (0,), dtype=pooled_dtype)
-    filler = cos  # never what is written: one tensor as two arguments would be cloned
     arguments = dict(
-        **_tensors(ends, filler, kv=kv, kvb=kv_before, gate=gate, gateb=gate_before),
+        **_tensors(ends, kv, kv=kv, kvb=kv_before, gate=gate, gateb=gate_before),
         **host.cache_arguments(
-            cache, slot, seq, slot_start, seq_start, flat_slot, wrap, out.dtype, None, filler
+            cache, slot, seq, slot_start, seq_start, flat_slot, wrap, out.dtype, None, kv
         ),
         **host.quant_arguments(kv, z.dim if quant_fp4 else z.dim - 2 * z.half, quant_group,
                                quant_floor, quant_scale, via, not quant_fp4),
         **host.strides(ends, "ends", "bs"), **host.strides(page, "page", "bs"),
         **host.strides(cos, "cos", "bsd"), **host.strides(sin, "sin", "bsd"),
-        bias_ptr=filler if bias is None else bias, bias_sw=0 if bias is None else bias.stride(0),
-        biasb_ptr=filler if bias_before is None else bias_before,
+        bias_ptr=kv if bias is None else bias, bias_sw=0 if bias is None else bias.stride(0),
+        biasb_ptr=kv if bias_before is None else bias_before,
         biasb_sw=0 if bias_before is None else bias_before.stride(0),
-        ends_ptr=filler if ends is None else ends, page_ptr=filler if page is None else page,
-        w_ptr=filler if weight is None else weight, m_ptr=filler if matrix is None else matrix,
+        ends_ptr=kv if ends is None else ends, page_ptr=kv if page is None else page,
+        w_ptr=kv if weight is None else weight, m_ptr=kv if matrix is None else matrix,
         **host.strides(matrix, "m", "io"), FACTOR=factor,
         cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled, out_ptr=out, length=z.count,
         entries=entries, D=z.dim, HALF=z.half, FLAT=common.flat_mode(z.batch, z.count),
@@ -122,7 +119,7 @@ def launch(
         EVERY=rope_rounding == "every" and not precise and cos.dtype == out.dtype,
         PRECISE=precise, KEEP=keep, SPARE=int(spare),
         FP4=fp4_form(quant_fp4, quant_group, quant_scale),
-    ) | step_arguments(new, filler)  # fmt: skip
+    )  # fmt: skip
     kernel = wrap_triton(compress_kernel)
     parts, whole = triton.cdiv(z.dim, block), triton.next_power_of_2(z.dim)
     turning = matrix is not None
@@ -145,6 +142,87 @@ def allocate(
 ) -> Tensor:
     dtype = out_dtype(pool_dtype, weight, norm)
     return kv.new_empty((*cos.shape[:2], kv.shape[-1]) if keep else (0,), dtype=dtype)
+
+
+def _window(
+    x: Tensor, ends: Tensor | None, page: Tensor | None, first: int, width: int, ring: int
+) -> Tensor:
+    """Rows ``[B,N,W,D]`` at the positions ``ends + first + [0, width)``; x itself without ends."""
+    if ends is None:
+        return x
+    at = ends.long().unsqueeze(-1) + torch.arange(first, first + width, device=x.device)
+    at = at % ring if ring else at.clamp_min(0)
+    batch = torch.arange(ends.shape[0], device=x.device).view(-1, 1)
+    return x[(batch if page is None else page.long()).unsqueeze(-1), at]
+
+
+def _absent(x: Tensor, count: int | torch.SymInt, value: float) -> Tensor:
+    """The rows before entry n + 1, with rows of ``value`` before entry 0."""
+    first = x.new_full((x.shape[0], 1, *x.shape[2:]), value)
+    return torch.cat((first, x[:, : count - 1]), dim=1)
+
+
+def reference(
+    kv: Tensor, gate: Tensor, kv_before: Tensor | None, gate_before: Tensor | None,
+    bias: Tensor | None, bias_before: Tensor | None, weight: Tensor | None, cos: Tensor,
+    sin: Tensor, ends: Tensor | None, page: Tensor | None, *, width: int = 0, ring: int = 0,
+    shifted: bool = False, masked: bool = False, narrow_bias: bool = False, pool_rounding: str,
+    pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
+    quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
+    via: str = "div", quant_fp4: str = "", matrix: Tensor | None = None, factor: float = 1.0,
+    cache: Tensor | None = None, slot: Tensor | None = None, seq: Tensor | None = None,
+    slot_start: int = 0, seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
+    keep: bool = True, spare: bool = False,
+) -> Tensor:  # fmt: skip
+    """Both ops in plain PyTorch, composed of atoms; writes ``cache`` in place if given."""
+    z = check(kv, gate, kv_before, gate_before, bias, bias_before, cos, sin, ends, width=width,
+              pool_rounding=pool_rounding, pool_dtype=pool_dtype, shifted=shifted,
+              masked=masked)  # fmt: skip
+
+    def biased(g: Tensor, b: Tensor | None) -> Tensor:
+        if b is None:
+            return g
+        return g + b.to(g.dtype) if narrow_bias and not precise else g.float() + b.float()
+
+    kv = _window(kv, ends, page, 1 - z.width, z.width, ring)
+    gate = biased(_window(gate, ends, page, 1 - z.width, z.width, ring), bias)
+    if kv_before is not None:
+        first = 1 - 2 * z.width
+        old = _window(kv_before, ends, page, first, z.width, ring)
+        old_gate = biased(_window(gate_before, ends, page, first, z.width, ring), bias_before)
+        if shifted:
+            old, old_gate = _absent(old, z.count, 0.0), _absent(old_gate, z.count, float("-inf"))
+        if masked:
+            past = torch.arange(first, 1 - z.width, device=kv.device) + ends.unsqueeze(-1) < 0
+            old_gate = old_gate.masked_fill(past.unsqueeze(-1), float("-inf"))
+        kv, gate = torch.cat((old, kv), dim=2), torch.cat((old_gate, gate), dim=2)
+    how = dict(rounding="once", dtype=torch.float32) if precise else dict(
+        rounding=pool_rounding, dtype=pool_dtype)  # fmt: skip
+    y = atoms.softmax_pool(kv, gate, **how)
+    dtype = out_dtype(pool_dtype, weight, norm)
+    check_turn(z, matrix, dtype, quant_group, quant_fp4)
+    unrounded = precise and matrix is not None
+    y = rows.reference_rows(
+        y, cos, sin, weight, eps, norm, rope_rounding, precise,
+        torch.float32 if unrounded else dtype,
+    )  # fmt: skip
+    y = y if matrix is None else turned(y, matrix, factor, precise, dtype).to(dtype)
+    kw = dict(group=quant_group, floor=quant_floor, scale=quant_scale, via=via)
+    if fp4_form(quant_fp4, quant_group, quant_scale):
+        y = atoms.fake_quant(y, **kw, fp4=quant_fp4)
+    elif quant_group:
+        nope = z.dim - 2 * z.half
+        y = torch.cat((atoms.fake_quant(y[..., :nope], **kw), y[..., nope:]), dim=-1)
+    if cache is not None:
+        last = cache[..., -1:, :].clone()
+        if flat_slot:
+            counted = slot_start + torch.arange(z.count, device=kv.device)[None, :]
+            slot = counted if slot is None else slot
+            seq, slot = rows.page_and_row(slot, cache.shape[0], cache.shape[-2], wrap)
+        rows.write_rows(cache, y, slot, seq, slot_start, seq_start, wrap and not flat_slot)
+        if spare:
+            cache[..., -1:, :] = last
+    return y.contiguous() if keep else y.new_empty((0,))
 
 
 @triton_op("dsv4fuse::compress_kv", mutates_args=())
@@ -196,36 +274,6 @@ def compress_kv_cache(
     )  # fmt: skip
 
 
-@triton_op("dsv4fuse::compress_kv_step", mutates_args=("kv", "gate", "cache"))
-def compress_kv_step(
-    kv: Tensor, gate: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, ends: Tensor,
-    cache: Tensor, slot: Tensor | None, seq: Tensor | None, new_kv: Tensor, new_gate: Tensor,
-    at: Tensor, step_bias: Tensor | None = None, place: Tensor | None = None,
-    matrix: Tensor | None = None, *, width: int, ring: int = 0, channel: int = 0,
-    channel_before: int = 0, before: bool = False, masked: bool = False, pool_rounding: str,
-    pool_dtype: torch.dtype, eps: float, norm: str, rope_rounding: str, precise: bool = False,
-    quant_group: int = 0, quant_floor: float = 1e-4, quant_scale: str = "pow2",
-    via: str = "div", quant_fp4: str = "", factor: float = 1.0, slot_start: int = 0,
-    seq_start: int = 0, flat_slot: bool = False, wrap: bool = True,
-) -> None:  # fmt: skip
-    """A decode step's rows to their rings, then the entries that these close to the cache."""
-    new = NewRows(kv, gate, new_kv, new_gate, at, step_bias, place, channel, channel_before, before)
-    x, g, old, old_gate = step_views(new, cache.shape[-1])
-    on_cpu = common.use_reference(kv)
-    if on_cpu:
-        new.write()
-    run = reference if on_cpu else partial(launch, new=new)
-    run(
-        x, g, old, old_gate, None, None, weight, cos, sin, ends, None, width=width, ring=ring,
-        shifted=False, masked=masked, narrow_bias=False, pool_rounding=pool_rounding,
-        pool_dtype=pool_dtype, eps=eps, norm=norm, rope_rounding=rope_rounding, precise=precise,
-        quant_group=quant_group, quant_floor=quant_floor, quant_scale=quant_scale, via=via,
-        quant_fp4=quant_fp4, matrix=matrix, factor=factor, cache=cache, slot=slot, seq=seq,
-        slot_start=slot_start, seq_start=seq_start, flat_slot=flat_slot, wrap=wrap, keep=False,
-        spare=True,
-    )  # fmt: skip
-
-
 @compress_kv_cache.register_fake
 def _(*tensors, **how):
     return _fake(*tensors[:11], *tensors[14:], **how)
@@ -241,14 +289,6 @@ def _fake(kv, gate, kv_before, gate_before, bias, bias_before, weight, cos, sin,
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
     check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
     return out
-
-
-@compress_kv_step.register_fake
-def _(kv, gate, weight, cos, sin, ends, cache, slot, seq, new_kv, new_gate, at, step_bias=None,
-      place=None, matrix=None, *, channel=0, channel_before=0, before=False, **how):
-    new = NewRows(kv, gate, new_kv, new_gate, at, step_bias, place, channel, channel_before, before)
-    x, g, old, old_gate = step_views(new, cache.shape[-1])
-    _fake(x, g, old, old_gate, None, None, weight, cos, sin, ends, None, matrix, **how)
 
 
 def traffic(kv: Tensor, gate: Tensor, cos: Tensor, *, entries: int, rows: int, out: Tensor) -> int:

@@ -114,26 +114,3 @@ def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
     moved = tokens * dim * (width * 6 + 2) + 2 * angle.nbytes
     m = _matrix(dim, device, kind)
     return Example(fn, (*inputs, cache, *m), moved, _slack(kind))
-
-
-def step(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
-    """The same behind the projections: each request's row goes to its rings first."""
-    ratio, overlap = ROWS[kind]
-    whole = decode(tokens, sizes, device, kind)
-    kv, gate, positions, _, *rest = whole.inputs
-    new = [torch.randn(tokens, 1, kv.shape[-1], device=device, dtype=BF16) for _ in "ab"]
-    bias = torch.randn(ratio, kv.shape[-1], device=device)
-
-    def fn(
-        kv: Tensor, gate: Tensor, positions: Tensor, new_kv: Tensor, new_gate: Tensor,
-        bias: Tensor, *rest: Tensor,
-    ) -> object:  # fmt: skip
-        rows = torch.arange(tokens, device=positions.device).unsqueeze(1)
-        at = positions % kv.shape[1]
-        kv[rows, at] = new_kv
-        gate[rows, at] = new_gate + bias[positions % ratio]
-        return whole.fn(kv, gate, positions, rows, *rest)
-
-    written = sum(t.nbytes for t in new) + tokens * kv.shape[-1] * 6
-    inputs = (kv, gate, positions, *new, bias, *rest)
-    return Example(fn, inputs, whole.moved + written, whole.slack)

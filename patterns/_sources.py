@@ -212,7 +212,7 @@ def _sum(term: Term) -> tuple[Term | None, Index]:
 # ---- what stands around the rows -----------------------------------------------------------------
 
 
-def narrowed(t: Term) -> Term:
+def _narrowed(t: Term) -> Term:
     """t before a cast that keeps every value."""
     kept = t.op == "cast" and rules.widens(t.args[0].dtype, t.dtype)
     return t.args[0] if kept else t
@@ -230,9 +230,9 @@ def gate_parts(t: Term) -> Iterator[Parts]:
             mask, t = test.args, no
         elif test.op == "ge" and rules.number(no) == MINUS_INFINITY:
             mask, t = test.args, yes
-    t = narrowed(t)
+    t = _narrowed(t)
     for rows, bias in (t.args, t.args[::-1]) if t.op == "add" else ():
-        rows, bias = narrowed(rows), narrowed(bias)
+        rows, bias = _narrowed(rows), _narrowed(bias)
         wide = t.dtype == torch.float32
         if _same_everywhere(bias) and (wide or rows.dtype == bias.dtype == t.dtype):
             yield Parts(rows, bias, not wide, mask)
@@ -257,7 +257,7 @@ def windows(grid: Grid, kv: Bound, gate: Bound) -> Windows:
         gates = [grid.box(gate, r, rows) for r in ranges]
         if None in rows_of or None in gates:
             return None
-        values = [narrowed(t) if grid.upcast else t for t in rows_of]
+        values = [_narrowed(t) if grid.upcast else t for t in rows_of]
         ways = itertools.product(*map(gate_parts, gates))
         size = entries if len(ranges) > 1 else ranges[0][1]
         return next((h for way in ways if (h := grid.half(values, way, size, beside))), None)

@@ -124,15 +124,15 @@ class Windows:
 
 
 def gathering(
-    half: Half, given: Mapping[str, Tensor], width: int, paged: bool
+    half: Half, given: Mapping[str, Tensor], width: int
 ) -> tuple[Tensor | None, Tensor | None, torch.Size | None]:
-    """(ends, page if it is asked for, the two sizes ends have) of windows that are gathered."""
+    """(ends, page, the two sizes ends have) of windows that are gathered."""
     rows = half.kv
     if not isinstance(rows, Gathered):
         return None, None, None
     last = rows.first + width - 1
     ends = _tokens(given["ends"], rows.ends)
-    page = _tokens(given["page"], rows.page) if rows.page and paged else None
+    page = _tokens(given["page"], rows.page) if rows.page else None
     shape = ends.shape if page is None else torch.broadcast_shapes(ends.shape, page.shape)
     return (ends + last if last else ends), page, shape
 

@@ -5,23 +5,20 @@ softmax in fp32; then a norm or none, rope on the trailing pairs, a product with
 that the graph holds (a Hadamard rotation, as for ``indexer_q``), fake quant (to fp8 of the leading
 lanes where nothing rotates them, to fp4 of all), a write like ``norm_rope_cache``'s. Windows are
 read where their rows lie: in a projection, with or without the window before (overlap), or in a
-ring that a position indexes; others from what the module made of them. A decode step's raw rows
-are written to their rings in the same launch where the graph says that no two requests share a
-page (``_step_rows``), or else by Inductor. Seed: ATOM #704 item 4; DeepSeek's reference;
-transformers.
+ring that a position indexes; others from what the module made of them. Raw rows are written to
+their ring by Inductor. Seed: ATOM #704 item 4; DeepSeek's reference; transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from dsv4fuse.patterns._compress_examples import ROWS as EXAMPLE_ROWS
-from dsv4fuse.patterns._compress_examples import decode, prefill, step
-from dsv4fuse.patterns._compress_site import Site
+from dsv4fuse.patterns._compress_examples import decode, prefill
 from dsv4fuse.patterns._legs import (
     Leg,
     Writes,
@@ -32,9 +29,8 @@ from dsv4fuse.patterns._legs import (
 )
 from dsv4fuse.patterns._softmax_pool import POOL
 from dsv4fuse.patterns._sources import Grid, windows
-from dsv4fuse.patterns._step_rows import step_rows
 from dsv4fuse.patterns._turns import Turn, turns
-from dsv4fuse.patterns._windows import Gathered, gathering
+from dsv4fuse.patterns._windows import Gathered, Windows, gathering
 from torch import Tensor, fx
 
 from dsv4fuse import maps
@@ -45,9 +41,50 @@ from dsv4fuse.rules import number
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import QUANT_LEAD, ROPE, code_distance
 from dsv4fuse.terms import Complex
-from dsv4fuse.writes import Write, written, written_twice
+from dsv4fuse.writes import written, written_twice
 
 NAME = "compress_kv"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A pooled value, what follows it, and where its rows lie."""
+
+    pool: Hit
+    leg: Leg
+    windows: Windows
+    spare: bool  # entries that go to the cache's last row are not wanted
+
+    def nodes(self) -> dict[str, fx.Node]:
+        """The op's tensors by name."""
+        leg = self.leg
+        out = {"cos": leg.cos.node, "sin": leg.sin.node}
+        if leg.norm and "weight" in leg.norm.env.holes:
+            out["weight"] = leg.norm.weight.node
+        if leg.turn:
+            out["matrix"] = leg.turn.matrix.node
+        for suffix, half in (("", self.windows.now), ("_before", self.windows.before)):
+            if half is not None:
+                out |= {f"kv{suffix}": half.kv.node, f"gate{suffix}": half.gate.node}
+                out |= {f"bias{suffix}": half.bias.node} if half.bias else {}
+        rows = self.windows.now.kv
+        if isinstance(rows, Gathered):
+            out |= {"ends": rows.ends.node}
+            out |= {"page": rows.page.node} if rows.page else {}
+        if leg.slots:
+            out |= {"cache": leg.slots.write.cache} | leg.slots.nodes()
+        return out
+
+    def places(self) -> Mapping[fx.Node, tuple[int | torch.SymInt, int | None]]:
+        """For each index tensor how many places it may name, for the check on random inputs."""
+        out = dict(self.leg.slots.extents()) if self.leg.slots else {}
+        rows = self.windows.now.kv
+        if isinstance(rows, Gathered):
+            pages, length = rows.node.meta["val"].shape[:2]
+            out.setdefault(rows.ends.node, (rows.ring or length, None))
+            if rows.page is not None:
+                out.setdefault(rows.page.node, (pages, None))
+        return out
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
@@ -67,8 +104,7 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
         for leg in _ways(scene, rope, quants, turned):
             stored = with_write(scene, leg, writes, [])
             sites = [_site(scene, pool, way) for way in (stored, leg) if way]
-            steps = [_with_rows(scene, s, writes.single) for s in sites if s]
-            found += [_candidate(scene, s, numerics) for s in (*steps, *sites) if s]
+            found += [_candidate(scene, s, numerics) for s in sites if s]
     return found
 
 
@@ -96,21 +132,6 @@ def _site(scene: Scene, pool: Hit, leg: Leg) -> Site | None:
     upcast = pool.arguments["rounding"] == "once"
     grid = Grid(scene, (batch, entries, int(width), int(shape[-1])), seats, upcast)
     return Site(pool, leg, windows(grid, *bounds), _spare(scene, leg))
-
-
-def _with_rows(scene: Scene, site: Site, writes: list[Write]) -> Site | None:
-    """The site with the raw rows that are written in front of it, where entries are few of many."""
-    leg = site.leg
-    if not site.spare or scene.live_without(leg.root, [leg.slots.write.node]):
-        return None
-    if leg.order[0] is None:  # one token of each request: their axis is the batch
-        order = leg.order[::-1]
-        again = replace(leg, order=order, slots=replace(leg.slots, order=order))
-        site = _site(scene, site.pool, again) or site
-    shape = maps.sizes_of(leg.root.meta["val"])
-    sizes = tuple(1 if a is None else shape[a] for a in site.leg.order)
-    step = step_rows(scene, site.windows, sizes, writes)
-    return replace(site, step=step) if step else None
 
 
 def _spare(scene: Scene, leg: Leg) -> bool:
@@ -155,8 +176,8 @@ def _candidate(scene: Scene, site: Site, numerics: str) -> Candidate:
         inputs,
         call,
         (leg.root,) if keep else (),
-        tuple(w.cache for w in site.written),
-        tuple(w.node for w in site.written),
+        (write.cache,) if write else (),
+        (write.node,) if write else (),
         site.places(),
         variant=_variant(site),
         judged="eager" if leg.quant else "exact",  # a sum over a window, in another order
@@ -181,15 +202,13 @@ def _variant(site: Site) -> str:
     wide = "wide" if rows > 8 else "narrow"
     wide += " turned" * (site.leg.turn is not None)
     wide += " fp4" * bool(site.leg.quant and "fp4" in site.leg.quant.arguments)
-    if site.step:
-        return f"{wide} step"
     return f"{wide} {'ring' if isinstance(site.windows.now.kv, Gathered) else 'rows'}"
 
 
 def _detail(site: Site) -> dict[str, object]:
     leg, found = site.leg, site.windows
     before = " with the window before" * (found.before is not None)
-    steps = ["ring write" * (site.step is not None), "gather" * isinstance(found.now.kv, Gathered)]
+    steps = ["gather" * isinstance(found.now.kv, Gathered)]
     steps += [f"pool{before} ({site.pool.arguments['rounding']})"]
     steps += [leg.norm and f"norm ({leg.norm.arguments['rounding']})", "rope"]
     steps += ["matrix" * (leg.turn is not None)]
@@ -205,9 +224,7 @@ def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Te
     cos, sin = (arrange(given[n], getattr(leg, n), leg.order) for n in ("cos", "sin"))
     arguments = _arguments(site, numerics)
     matrix = leg.turn.shown(given["matrix"]) if leg.turn else None
-    ends, page, own = gathering(found.now, given, arguments["width"], site.step is None)
-    if site.step:
-        return _call_step(site, given, arguments, matrix, ends, own, cos, sin)
+    ends, page, own = gathering(found.now, given, arguments["width"])
     tensors: dict[str, Tensor | None] = dict.fromkeys(("bias", "bias_before"))
     for suffix, half in (("", found.now), ("_before", found.before)):
         for name in ("kv", "gate"):
@@ -227,25 +244,6 @@ def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Te
     return ops.compress_kv_cache(
         *positional, given["cache"], place.pop("slot"), place.pop("seq"), matrix, **place,
         **arguments, keep=keep, spare=site.spare,
-    )  # fmt: skip
-
-
-def _call_step(
-    site: Site, given: dict[str, Tensor], arguments: dict[str, Any], matrix: Tensor | None,
-    ends: Tensor, own: torch.Size, cos: Tensor, sin: Tensor,
-) -> None:  # fmt: skip
-    step, found = site.step, site.windows
-    tokens = torch.broadcast_shapes(own, cos.shape[:2], sin.shape[:2])
-    place = site.leg.slots.arguments(given, tokens)
-    for name in ("shifted", "narrow_bias"):
-        arguments.pop(name)
-    torch.ops.dsv4fuse.compress_kv_step(
-        given["kv"], given["gate"], given.get("weight"), cos.expand(*tokens, -1),
-        sin.expand(*tokens, -1), ends.expand(*tokens), given["cache"], place.pop("slot"),
-        place.pop("seq"), given["new_kv"], given["new_gate"], step.shown(given["at"]),
-        given.get("step_bias"), given.get("place"), matrix, **place, **arguments,
-        channel=found.now.kv.channel, before=found.before is not None,
-        channel_before=found.before.kv.channel if found.before else 0,
     )  # fmt: skip
 
 
@@ -273,7 +271,6 @@ def _arguments(site: Site, numerics: str) -> dict[str, Any]:
 EXAMPLES = {
     f"{kind} {rows}": partial(example, kind=kind)
     for kind in EXAMPLE_ROWS
-    for rows, example in (("rows", prefill), ("ring", decode), ("step", step))
-    if rows != "step" or "fp4" not in kind
+    for rows, example in (("rows", prefill), ("ring", decode))
 }
 FUSION = Fusion(NAME, find, (POOL,), EXAMPLES)
