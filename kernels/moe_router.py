@@ -65,6 +65,21 @@ def _check(logits: Tensor, func: str, *dtypes: torch.dtype) -> None:
     )
 
 
+def _check_bias(logits: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        common.require(bias.shape == logits.shape[1:], "bias must be [E]")
+        common.require(bias.dtype in common.FLOATS, "bias must be bf16, fp16 or fp32")
+        common.require(bias.stride(0) == 1, "bias must be dense")
+
+
+def _check_table(logits: Tensor, table: Tensor, ids: Tensor) -> None:
+    common.require(table.dim() == 2 and ids.dim() == 1, "table must be [V, K] and ids [T]")
+    short = isinstance(ids.shape[0] - logits.shape[0], int) and ids.shape[0] > logits.shape[0]
+    common.require(not short, "there are more ids than rows of logits")
+    integers = (torch.int32, torch.int64)
+    common.require(table.dtype in integers and ids.dtype in integers, "ids must be integers")
+
+
 def _launch(
     logits: Tensor, bias: Tensor | None, table: Tensor | None, ids: Tensor | None, top_k: int, *,
     func: str, scores: torch.dtype, sums: torch.dtype, out: torch.dtype, normalise: bool,
@@ -142,10 +157,7 @@ def moe_router(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights and experts by biased score, ``[T,K]`` each: see the module's docstring."""
     _check(logits, func, scores, sums, out)
-    if bias is not None:
-        common.require(bias.shape == logits.shape[1:], "bias must be [E]")
-        common.require(bias.dtype in common.FLOATS, "bias must be bf16, fp16 or fp32")
-        common.require(bias.stride(0) == 1, "bias must be dense")
+    _check_bias(logits, bias)
     kw = dict(func=func, scores=scores, sums=sums, out=out, normalise=normalise, eps=eps,
               bounded=bounded, scale=scale, ordered=ordered, precise=precise)  # fmt: skip
     if common.use_reference(logits):
@@ -156,6 +168,7 @@ def moe_router(
 @moe_router.register_fake
 def _(logits, bias, *, top_k, func, scores, sums, out, **_):
     _check(logits, func, scores, sums, out)
+    _check_bias(logits, bias)
     return _empty(logits, logits.shape[0], top_k, out)
 
 
@@ -167,11 +180,7 @@ def moe_router_hash(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights and experts by token id, ``[T,K]`` each: see the module's docstring."""
     _check(logits, func, scores, sums, out)
-    common.require(table.dim() == 2 and ids.dim() == 1, "table must be [V, K] and ids [T]")
-    short = isinstance(ids.shape[0] - logits.shape[0], int) and ids.shape[0] > logits.shape[0]
-    common.require(not short, "there are more ids than rows of logits")
-    integers = (torch.int32, torch.int64)
-    common.require(table.dtype in integers and ids.dtype in integers, "ids must be integers")
+    _check_table(logits, table, ids)
     kw = dict(func=func, scores=scores, sums=sums, out=out, normalise=normalise, eps=eps,
               bounded=bounded, scale=scale, precise=precise)  # fmt: skip
     if common.use_reference(logits):
@@ -182,6 +191,7 @@ def moe_router_hash(
 @moe_router_hash.register_fake
 def _(logits, table, ids, *, func, scores, sums, out, **_):
     _check(logits, func, scores, sums, out)
+    _check_table(logits, table, ids)
     return _empty(logits, ids.shape[0], table.shape[-1], out)
 
 

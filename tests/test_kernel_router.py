@@ -9,6 +9,7 @@ import torch
 from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import moe_router as router
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv4fuse import atoms
 
@@ -225,6 +226,17 @@ def test_blocks_hold_a_row(experts, blocks):
 def test_misuse_is_explained(more, says):
     with pytest.raises((ValueError, RuntimeError), match=says):
         router.moe_router(rand(2, 32), None, **arguments(**more))
+
+
+def test_what_the_op_refuses_its_fake_refuses():
+    """Else a site would be planned that cannot run: a bias that is read through a cast from fp8."""
+    bias = rand(32, dtype=FP32).to(torch.float8_e4m3fn)
+    ops, how = torch.ops.dsv4fuse, arguments()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="bias must be bf16"):
+            ops.moe_router(rand(2, 32), bias, top_k=4, **how)
+        with pytest.raises(ValueError, match="ids must be integers"):
+            ops.moe_router_hash(rand(2, 32), rand(9, 4), torch.arange(2), **how)
 
 
 def calls(small):

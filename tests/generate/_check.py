@@ -117,7 +117,7 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
             if (x.dtype, x.shape) != (b.dtype, b.shape):
                 continue
             if not x.is_floating_point():
-                if _signs_of_nan(site, x, b):
+                if _free_signs(site, x, b):
                     del left[i]
                 continue
             own[i] = max(own.get(i, 0.0), verify._steps(x, true[i], x.dtype))
@@ -132,26 +132,28 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
 
 
 class _Bytes(TorchDispatchMode):
-    """Sees whether the bytes of a NaN are read."""
+    """Sees whether the bytes of a NaN, or of a zero, are read."""
 
-    of_nan = False
+    of_nan = of_zero = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.view.dtype and args[0].is_floating_point():
             self.of_nan |= bool(args[0].isnan().any())
+            self.of_zero |= bool((args[0].float() == 0).any())
         return func(*args, **(kwargs or {}))
 
 
-def _signs_of_nan(site: Site, a: Tensor, b: Tensor) -> bool:
-    """Bytes that differ in their highest bit alone, of a program that reads those of a NaN: no
-    operation says which sign its NaN has."""
+def _free_signs(site: Site, a: Tensor, b: Tensor) -> bool:
+    """Bytes that differ in their highest bit alone, of a program that reads those of a NaN, whose
+    sign no operation says; or which are 0 but for that bit, where it reads those of a zero: the sum
+    of two of -0 is +0, for it starts there. As floats the two are equal in all that is compared."""
     if a.dtype != torch.uint8 or not ((a ^ b) & 0x7F == 0).all():
         return False
     with _Bytes() as seen:
         _eager(site, site.inputs)
-    return seen.of_nan
+    return seen.of_nan or (seen.of_zero and bool(((a & 0x7F == 0) | (a == b)).all()))
 
 
 NEARBY = 8  # inputs
