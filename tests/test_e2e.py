@@ -198,7 +198,7 @@ def test_every_compilation_counts(own, tmp_path):
     assert run.taken["clamp_swiglu_quant"] == run.of("dsv4fuse").compilations
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layer_by_layer(tmp_path):
     """Of one kind two layers share a graph; embedding, head and norm stay as they are."""
     file = tmp_path / "kept.json"

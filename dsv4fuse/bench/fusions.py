@@ -192,7 +192,7 @@ def run(
             try:
                 row = measure(name, variant, model, t)
             except Exception as error:  # one that cannot run does not hold up the others
-                wrong.append(f"{name} ({variant}) at {t} tokens: {said(error)}")
+                wrong.append(f"{name} ({variant}) at {t} tokens: {said(error)}.")
                 continue
             rows.append(row)
             if path is not None:
