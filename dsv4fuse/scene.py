@@ -95,6 +95,7 @@ def needed(node: fx.Node, without: Iterable[fx.Node]) -> bool:
             stack += joins.dependents(user)
     return False
 
+
 def _laid(t: Tensor) -> str:
     """Shape and strides, but for those of axes of one, which nothing reads."""
     pairs = zip(t.shape, t.stride(), strict=True)

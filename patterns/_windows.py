@@ -122,7 +122,6 @@ class Windows:
     shifted: bool = False
 
 
-
 def gathering(
     half: Half, given: Mapping[str, Tensor], width: int
 ) -> tuple[Tensor | None, Tensor | None, torch.Size | None]:

@@ -207,13 +207,11 @@ def _start_inductor() -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
 
 
-def _compiled(
-    model: Callable[..., Any], way: str, options: Mapping[str, Any], regional: bool
-) -> Any:
+def _compiled(model: Any, way: str, options: Mapping[str, Any], regional: bool) -> Any:
     if way == "eager":
         return model
-    how: dict[str, Any] = {"backend": backend.dsv4fuse, "options": dict(options)}
-    how = {} if way == "inductor" else how
+    ours: dict[str, Any] = {"backend": backend.dsv4fuse, "options": dict(options)}
+    how = ours if way == "dsv4fuse" else {}
     if not regional:
         return torch.compile(model, **how)
     for layer in _layers(model):
@@ -224,11 +222,10 @@ def _compiled(
 def _layers(model: Callable[..., Any]) -> torch.nn.ModuleList:
     """The outermost list of modules in a model, or in that whose method it is."""
     owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
-    found = next((m for m in modules if isinstance(m, torch.nn.ModuleList)), None)
-    if found is None:
-        raise FactoryError("--regional compiles the layers of a ModuleList; the model has none.")
-    return found
+    for module in owner.modules() if isinstance(owner, torch.nn.Module) else ():
+        if isinstance(module, torch.nn.ModuleList):
+            return module
+    raise FactoryError("--regional compiles the layers of a ModuleList; the model has none.")
 
 
 def _forget() -> None:
