@@ -100,8 +100,9 @@ class Fusion:
 
     ``examples`` are the sequences as people write them, one for each variant of the fusion:
     ``examples[variant](tokens, sizes, device)``, for the benchmark. One without a ``kernel`` puts
-    plain operations in, which are never slower. ``broken`` has a sentence for a graph break that
-    is of its kind, by Dynamo's reason.
+    plain operations in, which are never slower. ``varied``: its time hangs on more than the variant
+    and the number of tokens, so that what was measured settles only what it shows clearly.
+    ``broken`` has a sentence for a graph break that is of its kind, by Dynamo's reason.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Fusion:
     atoms: tuple[Atom, ...]
     examples: Mapping[str, Callable[[int, Sizes, str], Example]]
     kernel: bool = True
+    varied: bool = False
     broken: Callable[[str], str | None] | None = None
 
 

@@ -4,7 +4,7 @@ Rounding facts the helpers encode (each is compared with eager, bit by bit, in t
 
 * eager PyTorch rounds every product before it adds; Triton contracts ``a*b + c*d`` to an FMA.
 * ``tensor / python_float`` on CUDA is a product with the fp32 reciprocal, on a CPU a division.
-* ``tensor / tensor`` and silu's ``x / (1 + exp(-x))`` are IEEE divisions; Triton's ``/`` is not.
+* ``tensor / tensor`` is an IEEE division; Triton's ``/`` is not.
 * ``torch.clamp`` and ``amax`` keep NaN; Triton's minimum, maximum and max drop it.
 """
 
@@ -29,6 +29,7 @@ FP8 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NORMS = {"none": 0, "once": 1, "rstd": 2, "weight": 3, "every": 4}
 SCALES = {"fp32": 0, "pow2": 1, "e8m0": 2}
+
 
 @triton.jit
 def mul_rn(a, b):
@@ -94,46 +95,6 @@ def rsqrt(x):
 
 
 @triton.jit
-def _silu_rn(x):
-    return tl.div_rn(x, 1.0 + libdevice.exp(-x))
-
-
-@triton.jit
-def _silu_newton(x):
-    """The same for x in [-87, inf): a quotient without the range checks of a full division."""
-    d = 1.0 + libdevice.exp(-x)
-    r = tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
-    )
-    q = x * r
-    return tl.fma(tl.fma(q, d, -x), r * -1.0, q)  # negating r keeps the sign of a zero
-
-
-@triton.jit
-def silu(x, MODE: tl.constexpr):
-    """``x / (1 + exp(-x))``. MODE 0: fast, 1e-6 relative. 1: the bits of ATen, x fp32.
-
-    2: the bits of ATen where x came from 16 bits (all 2^16 are tested): a tile with a value
-    below -87, or infinite, takes the full division, any other one correction of x * rcp(d).
-    """
-    if INTERPRET:
-        return x / (1.0 + tl.exp(-x))
-    elif MODE == 0:
-        return x / (1.0 + tl.exp(-x))
-    elif MODE == 1:
-        return _silu_rn(x)
-    else:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == float("inf"), 0xFFFFFFFF, bits)
-        y = x
-        if tl.max(bits, axis=None) > 0xC2AE0000:
-            y = _silu_rn(x)
-        else:
-            y = _silu_newton(x)
-        return y
-
-
-@triton.jit
 def abs_max(x, axis: tl.constexpr):
     """max |x| along axis, NaN if any is NaN: as integers, fp32 order and NaN sorts above inf."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -162,11 +123,12 @@ def block_scale(amax, FLOOR: tl.constexpr, POW2: tl.constexpr, VIA_MUL: tl.const
 
 
 @triton.jit
-def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
+def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr, NARROW: tl.constexpr = False):
     """IEEE ``x / s`` for a block x and its scale s, which broadcasts against x.
 
     A power of two has an exact reciprocal; otherwise one reciprocal per block and Markstein's
     two corrections give the correctly rounded quotient for 5 instructions instead of about 12.
+    NARROW, an x of 16 bits: one correction does (tried for every significand of x and of s).
     TINY (floor < 1e-30) may underflow in between, and takes the full division.
     """
     if POW2:
@@ -181,7 +143,9 @@ def divide(x, s, POW2: tl.constexpr, TINY: tl.constexpr):
             q = x * r
             back = r * -1.0  # a true sign flip, of zeros too: Triton's unary minus is 0 - r
             q = tl.fma(tl.fma(q, s, -x), back, q)
-            return tl.fma(tl.fma(q, s, -x), back, q)
+            if not NARROW:
+                q = tl.fma(tl.fma(q, s, -x), back, q)
+            return q
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import get_cache_invalidating_env_vars
-from triton.runtime import cache
+from triton.runtime import cache, driver
 from triton.runtime.jit import JITFunction, MockTensor
 
 from . import _common as common
@@ -54,6 +54,12 @@ def wrap_triton(kernel: Any) -> Any:
     if do is not None:
         return _Replaced(kernel, do)
     return kernel if common.INTERPRET.value else torch.library.wrap_triton(kernel)
+
+
+def target() -> int | str | None:
+    """What kernels are compiled for: on NVIDIA ten times the compute capability; None where they
+    are interpreted."""
+    return None if common.INTERPRET.value else driver.active.get_current_target().arch
 
 
 @dataclass(frozen=True)

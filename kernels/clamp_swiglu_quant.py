@@ -21,6 +21,8 @@ Source   ATOM PR #704, item 2 (clamp, SwiGLU, routing weight and group quant in 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -35,15 +37,11 @@ from ._common import (
     abs_max,
     block_scale,
     divide,
-    max_nan,
-    min_nan,
     narrow,
-    round_few,
-    round_to,
     scale_byte,
-    silu,
 )
-from ._launch import wrap_triton
+from ._launch import target, wrap_triton
+from ._swiglu import SILU_BF16, swiglu
 
 # One warp per program: the choice of silu's division (see ``silu``) is then one redux, without a
 # barrier. Few tokens: small programs, so that all SMs share the exponentials. Many tokens: two
@@ -54,28 +52,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (512, Config(rows=2, warps=1, columns=256)),
     (None, Config(rows=1, warps=1, columns=512)),
 )
-
-
-@triton.jit
-def _swiglu(g, u, w, LIMIT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_W: tl.constexpr,
-            STEPS: tl.constexpr, GD: tl.constexpr, ROUND: tl.constexpr, SILU: tl.constexpr):
-    """fp32 ``[ROWS, BLOCK]``; STEPS rounds to GD after silu and after the product ("silu")."""
-    if HAS_LIMIT:
-        limit = tl.full((), LIMIT, tl.float32)
-        if STEPS:
-            limit = round_few(limit, GD)  # a 16-bit clamp stores the limit in 16 bits
-        g = min_nan(g, limit)
-        u = min_nan(max_nan(u, -limit), limit)
-    y = silu(g, SILU)
-    if STEPS:
-        y = round_to(round_to(y, GD) * u, GD)
-    else:
-        y = y * u
-    if HAS_W:
-        y = y * w
-    if ROUND:
-        y = round_to(y, GD)
-    return y
+BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a significand
 
 
 @triton.jit(do_not_specialize=("tokens", "padded", "s_sg"))  # they follow the count
@@ -83,9 +60,9 @@ def clamp_swiglu_kernel(
     gate_ptr, up_ptr, w_ptr, out_ptr, scale_ptr, tokens, padded,
     g_st, g_si, u_st, u_si, w_st, s_st, s_sg,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr,
-    HAS_LIMIT: tl.constexpr, HAS_W: tl.constexpr, STEPS: tl.constexpr, ROUND: tl.constexpr,
-    SILU: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-    VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, PAIRS: tl.constexpr, HAS_W: tl.constexpr, STEPS: tl.constexpr,
+    ROUND: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr,
+    SCALE: tl.constexpr, VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS tokens × BLOCK columns. Column blocks are neighbours in the grid."""
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
@@ -103,15 +80,17 @@ def clamp_swiglu_kernel(
     w = 1.0
     if HAS_W:
         w = tl.load(w_ptr + t * w_st, mask=row < tokens, other=0.0).to(tl.float32)[:, None]
-    y = _swiglu(gate.to(tl.float32), up.to(tl.float32), w, LIMIT, HAS_LIMIT, HAS_W, STEPS,
-                gate.dtype, ROUND, SILU)
+    y = swiglu(gate, up, w, LIMIT, HAS_LIMIT, PAIRS, HAS_W, STEPS, ROUND, SILU)
     out = out_ptr + t[:, None] * COLUMNS + at
     if GROUP == 0:
-        tl.store(out, narrow(y, out_ptr.dtype.element_ty), mask=mask)
+        if y.dtype == tl.float32:
+            y = narrow(y, out_ptr.dtype.element_ty)
+        tl.store(out, y, mask=mask)
     else:
-        blocks = tl.reshape(y, (ROWS, BLOCK // GROUP, GROUP))
+        blocks = tl.reshape(y.to(tl.float32), (ROWS, BLOCK // GROUP, GROUP))
         scale = block_scale(abs_max(blocks, 2), FLOOR, SCALE != 0, VIA_MUL)
-        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30)
+        NARROW: tl.constexpr = ROUND and gate.dtype.primitive_bitwidth == 16
+        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30, NARROW)
         codes = codes.to(tl.float8e4nv)
         tl.store(out, tl.reshape(codes, (ROWS, BLOCK)), mask=mask)
         scale = tl.where((row < tokens)[:, None], scale, 0.0)
@@ -184,17 +163,34 @@ def _launch(
     padded = common.align4(tokens) if col_major else tokens
     scale_strides = (1, scales.stride(0)) if col_major else scales.stride()
     grid = (common.cdiv(padded, config.rows) * common.cdiv(columns, block),)
+    steps = rounding == "silu" and not precise
     wrap_triton(clamp_swiglu_kernel)[grid](
         gate, up, gate if weight is None else weight, out, scales, tokens, padded,
         *gate.stride(), *up.stride(), 0 if weight is None else weight.stride(0),
         *scale_strides,
         COLUMNS=columns, BLOCK=block, ROWS=config.rows, LIMIT=0.0 if limit is None else limit,
-        HAS_LIMIT=limit is not None, HAS_W=weight is not None,
-        STEPS=rounding == "silu" and not precise, ROUND=not precise and dtype == gate.dtype,
-        SILU=0 if precise else 1 if gate.dtype == torch.float32 else 2,
+        HAS_LIMIT=limit is not None, PAIRS=_pairs(gate.dtype, limit, steps),
+        HAS_W=weight is not None, STEPS=steps, ROUND=not precise and dtype == gate.dtype,
+        SILU=_silu_mode(gate.dtype, steps, precise),
         GROUP=group, FLOOR=floor, SCALE=common.SCALES[scale], VIA_MUL=via == "mul",
         BY_MUL=by == "mul", num_warps=config.warps,
     )  # fmt: skip
+
+
+def _pairs(dtype: torch.dtype, limit: float | None, steps: bool) -> bool:
+    """May 16-bit values be clamped as such? The module does so (steps), or the limit is one."""
+    if dtype not in BITS:
+        return False
+    return steps or limit is None or (math.frexp(limit)[0] * 2 ** BITS[dtype]).is_integer()
+
+
+def _silu_mode(dtype: torch.dtype, steps: bool, precise: bool) -> int:
+    """MODE of ``_swiglu.silu``."""
+    if precise:
+        return 0
+    if dtype == torch.bfloat16 and steps and target() in SILU_BF16:
+        return 3
+    return 1 if dtype == torch.float32 else 2
 
 
 def _reference_product(

@@ -88,6 +88,7 @@ def inv_rope_quant_kernel(
 ):  # fmt: skip
     """One program: TOKENS tokens × BLOCKS blocks of one head; PER heads make a group."""
     SPLIT: tl.constexpr = D // (GROUP * BLOCKS)
+    NARROW: tl.constexpr = not PRECISE and o_ptr.dtype.element_ty.primitive_bitwidth == 16
     pid = tl.program_id(0)
     part = pid % SPLIT
     head = (pid // SPLIT) % HEADS
@@ -116,7 +117,7 @@ def inv_rope_quant_kernel(
                 y = _rotated(y, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE, GROUP, TOKENS,
                              EVERY, PRECISE, x.dtype)
         scale = block_scale(abs_max(y, 1), FLOOR, POW2, VIA_MUL)
-        codes = divide(y, scale[:, None], POW2, FLOOR < 1e-30).to(tl.float8e4nv)
+        codes = divide(y, scale[:, None], POW2, FLOOR < 1e-30, NARROW).to(tl.float8e4nv)
         tl.store(codes_at[:, None] + (first + lane)[None, :], codes, mask=live[:, None])
         k = (head % PER) * (D // GROUP) + part * BLOCKS + i
         tl.store(scale_at + k.to(tl.int64) * s_sk, tl.where(live, scale, 0.0),

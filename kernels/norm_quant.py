@@ -58,7 +58,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 def _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg,
            START: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
            KEEP: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
-           VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr):
+           VIA_MUL: tl.constexpr, BY_MUL: tl.constexpr, PRECISE: tl.constexpr):
     """Normed columns START.. of rows: kept, or as codes and scales, or both."""
     col = START + tl.arange(0, WIDTH)
     t = row.to(tl.int64)
@@ -71,7 +71,8 @@ def _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg,
     if GROUP > 0:
         blocks = tl.reshape(y, (ROWS, WIDTH // GROUP, GROUP))
         scale = block_scale(abs_max(blocks, 2), FLOOR, SCALE != 0, VIA_MUL)
-        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30)
+        NARROW: tl.constexpr = not PRECISE and out_ptr.dtype.element_ty.primitive_bitwidth == 16
+        codes = divide(blocks, scale[:, :, None], SCALE != 0 or BY_MUL, FLOOR < 1e-30, NARROW)
         codes = codes.to(tl.float8e4nv)
         tl.store(code_ptr + at, tl.reshape(codes, (ROWS, WIDTH)), mask=mask)
         scale = tl.where(live[:, None], scale, 0.0)
@@ -114,15 +115,15 @@ def _rows(x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, row, tokens, padded, x_st,
     rstd = reciprocal_rms(total, N, NORM, EPS, PRECISE, XD)
     y = scaled(a, rstd, wa, HAS_W, NORM, PRECISE, XD, OD)
     _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, 0, A, N, ROWS, KEEP,
-           GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
+           GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL, PRECISE)
     if B > 0:
         y = scaled(b, rstd, wb, HAS_W, NORM, PRECISE, XD, OD)
         _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, A, B, N, ROWS,
-               KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
+               KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL, PRECISE)
     if C > 0:
         y = scaled(c, rstd, wc, HAS_W, NORM, PRECISE, XD, OD)
         _store(y, out_ptr, code_ptr, scale_ptr, row, live, stored, s_st, s_sg, A + B, C, N,
-               ROWS, KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL)
+               ROWS, KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL, PRECISE)
 
 
 @triton.jit(do_not_specialize=("tokens", "padded", "s_sg", "q_programs"))

@@ -273,4 +273,4 @@ EXAMPLES = {
     for kind in EXAMPLE_ROWS
     for rows, example in (("rows", prefill), ("ring", decode))
 }
-FUSION = Fusion(NAME, find, (POOL,), EXAMPLES)
+FUSION = Fusion(NAME, find, (POOL,), EXAMPLES, varied=True)

@@ -205,7 +205,7 @@ def _candidate(site: Site, numerics: str) -> Candidate:
         call,
         (site.root,),
         places={b.seat.node: (shape[-1] + 1, None) for b in site.bounds},
-        variant="fp32" if dtype_of(site.q) == F32 else site.rounding,
+        variant={F32: "fp32", FP8: "fp8"}.get(dtype_of(site.q), site.rounding),
         tokens=math.prod(shape[:-1]),
         loose=LOOSE,
         judged="exact",
@@ -260,10 +260,31 @@ def example(tokens: int, sizes: Sizes, device: str, dtype: torch.dtype, rounding
     return Example(fn, (q, k, w), q.nbytes + k.nbytes + w.nbytes + tokens * keys * out.itemsize)
 
 
+def causal(tokens: int, sizes: Sizes, device: str) -> Example:
+    """e4m3 codes, a scale for each key; as many keys as tokens, each sees those up to its own."""
+    heads, dim = min(sizes.heads, 64), 128
+
+    def fn(q: Tensor, k: Tensor, scale: Tensor, w: Tensor) -> Tensor:
+        dots = torch.einsum("thd,sd->ths", q.float(), k.float())
+        logits = (dots.relu() * w.unsqueeze(-1)).sum(dim=1) * scale
+        place = torch.arange(tokens, device=q.device)
+        return logits.masked_fill(place >= place.unsqueeze(-1) + 1, -math.inf)
+
+    q, k = (torch.randint(-3, 4, s, device=device).float().to(FP8)
+            for s in ((tokens, heads, dim), (tokens, dim)))  # fmt: skip
+    scale = 2.0 ** torch.randint(-2, 3, (tokens,), device=device)
+    w = torch.randint(-3, 4, (tokens, heads), device=device).float()
+    moved = q.nbytes + k.nbytes + scale.nbytes + w.nbytes + 4 * tokens * tokens
+    # Half of all pairs, of fp8 products at twice the rate of bf16.
+    flops = tokens * (tokens + 1) // 2 * heads * dim
+    return Example(fn, (q, k, scale, w), moved, flops=flops)
+
+
 EXAMPLES = {
     "once": partial(example, dtype=torch.bfloat16, rounding="once"),
     "dot": partial(example, dtype=torch.bfloat16, rounding="dot"),
     "every": partial(example, dtype=torch.bfloat16, rounding="every"),
     "fp32": partial(example, dtype=F32, rounding="once"),
+    "fp8": causal,
 }
-FUSION = Fusion("indexer_logits", find, (), EXAMPLES)
+FUSION = Fusion("indexer_logits", find, (), EXAMPLES, varied=True)

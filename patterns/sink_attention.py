@@ -146,4 +146,4 @@ def example(tokens: int, sizes: Sizes, device: str) -> Example:
     return Example(fn, (q, kv, mask, make(sizes.heads)), moved, SLACK)
 
 
-FUSION = Fusion("sink_attention", find, (WEIGHTS,), {"dense": example})
+FUSION = Fusion("sink_attention", find, (WEIGHTS,), {"dense": example}, varied=True)

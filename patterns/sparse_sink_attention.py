@@ -97,4 +97,4 @@ def example(tokens: int, sizes: Sizes, device: str) -> Example:
     return Example(fn, (q, kv, index, sinks), 2 * q.nbytes + read + index.nbytes, SLACK)
 
 
-FUSION = Fusion("sparse_sink_attention", find, (WEIGHTS,), {"gather": example})
+FUSION = Fusion("sparse_sink_attention", find, (WEIGHTS,), {"gather": example}, varied=True)

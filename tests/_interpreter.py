@@ -49,13 +49,12 @@ def install() -> None:
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         return cast_impl(self, src, dst_type)
 
-    product = builder.create_dot
-
-    def create_dot(self, a, b, d, *rest):
-        def wide(x):  # NumPy would multiply the bits of a bf16 as integers
-            return self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-
-        return product(self, wide(a), wide(b), d, *rest)
+    def create_dot(self, a, b, d, *_):
+        # In fp64: the sums of a BLAS in fp32 hang on the machine and on the number of rows, and
+        # NumPy would multiply the bits of a bf16 as integers.
+        x, y = (self.cast_impl(t, tl.float64).data for t in (a, b))
+        total = np.matmul(x, y) + d.data
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     # A GPU's minimum and maximum drop NaN unless told to keep it; NumPy's keep it always.
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dsv4fuse.kernels import _attention as attention
 from dsv4fuse.kernels import sink_attention as dense
+from dsv4fuse.kernels import sparse_sink_attention as sparse
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -182,7 +183,7 @@ def test_chosen_keys(near, paged, wrap):
     index[:, 0] = n
     page = torch.randint(-1, 4, (b, 1), device=DEVICE) if paged else None
     mask = rand(b, s, near + k) > 0
-    found = torch.ops.dsv4fuse.sparse_sink_attention(
+    found = sparse.sparse_sink_attention(
         q, beside, far, index, page, mask, sinks, scale=0.2, mask_kind="allowed", wrap=wrap
     )
     at = torch.where(index < 0, index + n, index) if wrap else index
