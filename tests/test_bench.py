@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from dsv4fuse.__main__ import app
 from dsv4fuse.bench import fusions as bench
+from dsv4fuse.bench import workers
 from dsv4fuse.fusion import Example, registry
 from dsv4fuse.report import FusionError
 
@@ -142,25 +144,40 @@ def test_one_fusion_on_a_gpu():
     assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0
 
 
-def test_all_is_compiled_before_anything_is_timed(machine, monkeypatch):
-    said = []
+def test_workers_compile_all_before_they_measure(machine, monkeypatch, tmp_path):
+    """Here threads; one site cannot run beside the others, and is measured when they are done."""
+    done, short = [], [(NAMES[0], "quant", "flash", 64)]
 
-    def compile_all(sites, workers, progress):
-        assert workers == 3 and not machine
-        said.extend(sites)
+    def compiled(site):
+        done.append(site)
+        return RuntimeError("no such thing") if site[3] == 13 else None
 
-    monkeypatch.setattr(bench, "compile_all", compile_all)
-    result = run(NAMES[0], "--tokens", "1,13", "--model", "pro", "--model", "flash", "--workers", 3)
-    assert result.exit_code == 1 and machine == said
+    def measured(site):
+        assert len(done) == 6 and not machine
+        if site in short:
+            return torch.OutOfMemoryError("crowded")
+        return RuntimeError("no such thing") if site[3] == 13 else row(*site[:2], site[3])
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(workers, "_compile", compiled)
+    monkeypatch.setattr(workers, "_measure", measured)
+    given = (NAMES[0], "--tokens", "1,13,64", "--workers", 3, "--json", tmp_path / "a.json")
+    result = run(*given)
+    assert result.exit_code == 1 and result.stderr.count("no such thing.") == 2
+    assert machine == short
+    found = [(r.variant, r.tokens) for r in bench.load(tmp_path / "a.json")[0]]
+    assert found == [("quant", 1), ("plain", 1), ("plain", 64), ("quant", 64)]
 
 
 AHEAD = """
 from torch._dynamo.utils import counters
-from dsv4fuse.bench import fusions
+from dsv4fuse.bench import fusions, workers
 
 if __name__ == "__main__":
-    fusions.compile_all([("moe_router", "topk", "flash", 64)], 2, lambda *_: None)
-    fusions.measure("moe_router", "topk", "flash", 64)
+    site = "moe_router", "topk", "flash", 64
+    ((_, row),) = workers.measure_all([site], 2, lambda text: None)
+    assert row.agrees and 0 < row.ours < row.eager, row
+    fusions.measure(*site)
     print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 

@@ -7,10 +7,12 @@ The floor is the larger of bytes over the bandwidth of a plain copy and operatio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch import Tensor
 
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.bench import registers
-from dsv4fuse.bench.ahead import compile_all
 from dsv4fuse.bench.machine import environment
+from dsv4fuse.bench.workers import Site, measure_all
 from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.verify import said
 
@@ -37,6 +39,7 @@ BANDWIDTH = {"NVIDIA H200": 4.26e12}  # bytes/s of a Triton copy of 8 GiB, measu
 PEAK = {"NVIDIA H200": 989e12}  # bf16 operations/s, from the data sheet
 FLUSH = 256 << 20  # bytes, five times the L2 of an H200
 COLD_CALLS, COLD_REPLAYS = 20, 9
+ALONE = contextlib.nullcontext()  # no other process times anything
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,12 @@ def both_ways(name: str, made: Example) -> tuple[Callable[..., object], Callable
     return fused, torch.compile(made.fn, dynamic=False)
 
 
-def measure(name: str, variant: str, model: str, tokens: int) -> Row:
-    """One variant at one number of tokens. Raises FusionError if the site is not taken."""
+def measure(
+    name: str, variant: str, model: str, tokens: int,
+    turn: AbstractContextManager[object] = ALONE,
+) -> Row:  # fmt: skip
+    """One variant at one number of tokens, timed inside of ``turn``. Raises FusionError if the
+    site is not taken."""
     made = example(name, variant, model, tokens)
     with torch.no_grad():
         wanted = _tensors(made.fn(*made.inputs))
@@ -94,14 +101,15 @@ def measure(name: str, variant: str, model: str, tokens: int) -> Row:
         plain(*made.inputs)
         agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
-        times = _warm(ours)
-        middle = statistics.median(times)
-        return Row(
-            name, variant, model, tokens, statistics.median(_warm(inductor)), middle,
-            floor(made, torch.cuda.get_device_name()), agrees, _captured(eager), cold(inductor),
-            cold(ours), (max(times) - min(times)) / middle, made.moved / middle / 1e6,
-            made.flops / middle / 1e6, tuple(kernels),
-        )  # fmt: skip
+        with turn:
+            times, theirs = _warm(ours), statistics.median(_warm(inductor))
+            unfused, colds = _captured(eager), (cold(inductor), cold(ours))
+    middle = statistics.median(times)
+    return Row(
+        name, variant, model, tokens, theirs, middle, floor(made, torch.cuda.get_device_name()),
+        agrees, unfused, *colds, (max(times) - min(times)) / middle, made.moved / middle / 1e6,
+        made.flops / middle / 1e6, tuple(kernels),
+    )  # fmt: skip
 
 
 def floor(made: Example, gpu: str) -> float | None:
@@ -180,35 +188,45 @@ def run(
     of ``workers``: so many processes compile all rows before the first is timed, a step each.
     """
     console, rows, wrong = Console(), list[Row](), list[str]()
-    sites, made_on = list(_sites(names, tokens)), environment()
-    steps = len(models) * len(sites) * (2 if workers > 1 else 1)
-    if workers > 1:
-        every = [(n, v, m, t) for m in models for n, v, t in sites]
-        compile_all(every, workers, lambda text: progress(text, steps))
+    made_on, sites = environment(), list(_sites(names, models, tokens))
+    steps = len(sites) * (2 if workers > 1 else 1)
+    shown = lambda text: progress(text, steps)  # noqa: E731
+    found = measure_all(sites, workers, shown) if workers > 1 else _one_by_one(sites, shown)
+    for (name, variant, model, t), row in found:
+        if isinstance(row, Exception):  # one that cannot run does not hold up the others
+            wrong.append(f"{name} ({variant}) of {model} at {t} tokens: {said(row)}.")
+            continue
+        rows.append(row)
+        if path is not None:
+            save(rows, path, made_on)
+        if not row.agrees:
+            wrong.append(f"{name} ({variant}) of {model} at {t} tokens differs from eager.")
     for model in models:
         table = Table(*TITLES, title=model)
-        for name, variant, t in sites:
-            progress(f"{name} ({variant}), {t} tokens", steps)
-            try:
-                row = measure(name, variant, model, t)
-            except Exception as error:  # one that cannot run does not hold up the others
-                wrong.append(f"{name} ({variant}) at {t} tokens: {said(error)}.")
-                continue
-            rows.append(row)
-            if path is not None:
-                save(rows, path, made_on)
-            if not row.agrees:
-                wrong.append(f"{name} ({variant}) at {t} tokens differs from eager.")
-            table.add_row(*_cells(row))
+        for row in rows:
+            if row.model == model:
+                table.add_row(*_cells(row))
         console.print(table)
     return rows, wrong
 
 
-def _sites(names: Sequence[str], tokens: Iterable[int]) -> Iterator[tuple[str, str, int]]:
+def _one_by_one(
+    sites: Iterable[Site], progress: Callable[[str], None]
+) -> Iterator[tuple[Site, Row | Exception]]:
+    for site in sites:
+        progress(f"{site[0]} ({site[1]}), {site[3]} tokens")
+        try:
+            yield site, measure(*site)
+        except Exception as error:
+            yield site, error
+
+
+def _sites(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:
     """Each variant of each fusion at each number; a fusion without examples has none."""
     counts = list(tokens)
-    for name in names or registry():
-        yield from ((name, v, t) for v in registry()[name].examples for t in counts)
+    for model in models:
+        for name in names or registry():
+            yield from ((name, v, model, t) for v in registry()[name].examples for t in counts)
 
 
 TITLES = ("fusion", "variant", "tokens", "eager µs", "Inductor µs", "ours µs", "± %", "ratio",

@@ -1,0 +1,107 @@
+"""A benchmark by several processes: of its minutes most are a compiler's, on one core out of many.
+
+First all is compiled, into the caches that Inductor and Triton keep on disk; then the processes
+measure, and take turns on the GPU, so that one loads what it will run while another's is timed.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsv4fuse.verify import said
+
+if TYPE_CHECKING:
+    from dsv4fuse.bench.fusions import Row
+
+Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
+log = logging.getLogger(__name__)
+_turn: Any = None  # in a worker, the lock that the one who times holds
+
+
+def measure_all(
+    sites: Sequence[Site], workers: int, progress: Callable[[str], None]
+) -> Iterator[tuple[Site, Row | Exception]]:
+    """Each site's row, in their order, or what went wrong. ``progress``: twice for each."""
+    from dsv4fuse.bench import fusions
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_prepare, initargs=(context.Lock(),)
+    ) as pool:
+        _compile_all(pool, sites, progress)
+        running = [pool.submit(_measure, site) for site in sites]
+        crowded = []
+        for site, job in zip(sites, running, strict=True):
+            progress(_said(site))
+            found = job.result()
+            if isinstance(found, torch.OutOfMemoryError):
+                crowded.append(site)
+            else:
+                yield site, found
+    for site in crowded:  # beside others there was not enough memory
+        try:
+            yield site, fusions.measure(*site)
+        except Exception as error:
+            yield site, error
+
+
+def _said(site: Site) -> str:
+    return f"{site[0]} ({site[1]}), {site[3]} tokens"
+
+
+def _compile_all(
+    pool: ProcessPoolExecutor, sites: Sequence[Site], progress: Callable[[str], None]
+) -> None:
+    """Compiles each site, ours and Inductor's, and runs it once. What fails here fails again,
+    with its reason, where it is timed."""
+    running = {pool.submit(_compile, site): site for site in sites}
+    for done in as_completed(running):
+        progress(f"compiled: {_said(running[done])}")
+        if (error := done.result()) is not None:
+            log.info("%s: %s", _said(running[done]), error)
+
+
+def _prepare(turn: Any) -> None:
+    global _turn
+    _turn = turn
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are many already
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _compile(site: Site) -> Exception | None:
+    from dsv4fuse.bench import fusions
+
+    name, variant, model, tokens = site
+
+    def run() -> None:
+        made = fusions.example(name, variant, model, tokens)
+        with torch.no_grad():
+            for fn in fusions.both_ways(name, made):
+                fn(*made.inputs)
+
+    return _tried(run)
+
+
+def _measure(site: Site) -> Row | Exception:
+    from dsv4fuse.bench import fusions
+
+    return _tried(lambda: fusions.measure(*site, turn=_turn))
+
+
+def _tried(call: Callable[[], Any]) -> Any:
+    """What it returns, or the error in a form that any process can read back."""
+    try:
+        return call()
+    except torch.OutOfMemoryError as error:
+        return torch.OutOfMemoryError(str(error))
+    except Exception as error:
+        return RuntimeError(said(error))
+    finally:
+        torch.cuda.empty_cache()
