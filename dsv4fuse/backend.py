@@ -92,6 +92,8 @@ def dsv4fuse(
     ``strict`` is not met.
     """
     parsed = parse(options)
+    if (mode or "").startswith("max-autotune"):
+        parsed = dataclasses.replace(parsed, autotune=True)
     register_ops()
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)

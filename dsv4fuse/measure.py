@@ -72,7 +72,7 @@ def _measured(candidate: Candidate, region: list[fx.Node]) -> Times | str:
         inductor = _time(plain, inputs)
         # The op as it is, node by node, is no faster than what Inductor makes of it: where that is
         # fast enough, there is nothing to compile.
-        bare = _replayed(lambda: fused(*inputs)) if inputs[0].is_cuda else math.inf
+        bare = replayed(lambda: fused(*inputs)) if inputs[0].is_cuda else math.inf
         return inductor, bare if bare <= inductor else min(bare, _time(fused, inputs))
     except Exception as error:  # whatever a compiler, a kernel or an allocator raises
         log.info("measuring %s", candidate.fusion, exc_info=True)
@@ -90,7 +90,7 @@ def _time(fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> float:
     compiled = compile_fx(traced, inputs, config_patches=patches)
     compiled(*inputs)
     if inputs[0].is_cuda:
-        return _replayed(lambda: compiled(*inputs))
+        return replayed(lambda: compiled(*inputs))
     spans = []
     for _ in range(9):
         started = time.perf_counter()
@@ -99,7 +99,7 @@ def _time(fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> float:
     return 1e6 * statistics.median(spans)
 
 
-def _replayed(call: Callable[[], object]) -> float:
+def replayed(call: Callable[[], object]) -> float:
     """The median µs of a call under a CUDA graph."""
     import triton.testing
 

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inner": ("inductor", "eager"),
 }
 
-_FLAGS = ("verify", "strict")
+_FLAGS = ("verify", "strict", "autotune")
 
 
 class OptionError(ValueError):
@@ -76,6 +76,8 @@ class Options:
     """How many sites of each fusion must be taken; any other count is an error."""
     strict: bool = False
     """A near-miss or a rejected site is an error."""
+    autotune: bool = False
+    """Try, at each site, all launch shapes of its kernels' tables, and use the fastest."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph; ``eager`` runs it node by node."""
 
@@ -148,6 +150,7 @@ class Options:
             "select": self.select,
             "expect": None if self.expect is None else dict(sorted(self.expect.items())),
             "strict": self.strict,
+            "autotune": self.autotune,
             "inner": self.inner,
         }
 

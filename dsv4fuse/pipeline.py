@@ -9,7 +9,7 @@ from collections import Counter
 
 from torch import fx
 
-from dsv4fuse import chaining, compat, rewrite, select, trial, verify
+from dsv4fuse import chaining, compat, rewrite, select, trial, tuning, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
@@ -37,7 +37,7 @@ def run(graph: fx.Graph, options: Options) -> Report:
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
     nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
-    plans = _plans_ahead(waiting, options)
+    plans = {} if options.autotune else _plans_ahead(waiting, options)
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites, plans)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
@@ -197,6 +197,8 @@ def _decide(
     verdict = select.decide(candidate, options)
     if verdict.take is False:
         return _timed(candidate, verdict), "declined", verdict.why, None
+    if options.autotune:
+        candidate = tuning.tuned(candidate, region)
     try:
         traced = plans.get(candidate.site) or rewrite.plan(candidate)
     except rewrite.Declined as error:
@@ -231,7 +233,8 @@ def _how(candidate: Candidate) -> str:
     loose = f" Equal up to rounding by: {', '.join(sorted(candidate.loose))}." * bool(
         candidate.loose
     )
-    more = "".join(f" {candidate.detail[k]}" for k in ("why", "check") if k in candidate.detail)
+    said = (candidate.detail.get(k) for k in ("why", "check", "launch"))
+    more = "".join(f" {sentence}" for sentence in said if sentence)
     return f"{how[:1].upper()}{how[1:]}.{loose}{more}" if how else f"Fused.{loose}{more}"
 
 

@@ -10,10 +10,13 @@ Rounding facts the helpers encode (each is compared with eager, bit by bit, in t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -218,10 +221,26 @@ def size_hint(value: int | torch.SymInt, default: int = 1024) -> int:
     return default
 
 
+Pick = Callable[[Sequence[Any], Any], Any]  # (a table's shapes, the one it names) → that to use
+_pick: ContextVar[Pick | None] = ContextVar("pick", default=None)
+
+
+@contextlib.contextmanager
+def picking(pick: Pick) -> Iterator[None]:
+    """Inside, ``pick`` chooses the launch shapes."""
+    token = _pick.set(pick)
+    try:
+        yield
+    finally:
+        _pick.reset(token)
+
+
 def launch_config(table: Table, tokens: int | torch.SymInt) -> Config:
     """The first entry whose bound is not below the token count (None bounds nothing)."""
     count = size_hint(tokens)
-    return next(config for bound, config in table if bound is None or count <= bound)
+    found = next(config for bound, config in table if bound is None or count <= bound)
+    pick = _pick.get()
+    return found if pick is None else pick([config for _, config in table], found)
 
 
 def flat_mode(batch: int | torch.SymInt, length: int | torch.SymInt) -> int:

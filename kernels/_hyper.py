@@ -124,8 +124,7 @@ def _partial(x: Tensor, fn: Tensor, config: Launch, n: int) -> Tensor:
 
 
 def _config(x: Tensor) -> Launch:
-    count = common.size_hint(x.shape[0])
-    found = next(c for bound, c in LAUNCHES if bound is None or count <= bound)
+    found = common.launch_config(LAUNCHES, x.shape[0])
     return found if x.dtype == torch.bfloat16 else replace(found, ready=False)
 
 

@@ -162,6 +162,5 @@ def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:
     """The launch for that many windows, of the plan for those sizes; raises ValueError."""
     common.require_static(width=z.width, head_dim=z.dim, rope_dim=z.half)
     common.require(z.width & (z.width - 1) == 0 < z.width, f"{z.width} rows: not a power of two")
-    count, found = common.size_hint(windows), plan(z.width + z.before, z.dim, z.every)
-    launches = (decoding and found.decoding) or found.launches
-    return next(chosen for bound, chosen in launches if bound is None or count <= bound)
+    found = plan(z.width + z.before, z.dim, z.every)
+    return common.launch_config((decoding and found.decoding) or found.launches, windows)

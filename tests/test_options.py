@@ -136,6 +136,7 @@ def test_wants():
             "fusions": st.none() | st.lists(st.sampled_from(KNOWN)),
             "verify": st.booleans(),
             "strict": st.booleans(),
+            "autotune": st.booleans(),
             "expect": st.none() | st.dictionaries(st.sampled_from(KNOWN), st.just(0)),
             **{name: st.sampled_from(values) for name, values in CHOICES.items()},
         },
