@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 
 from . import _common as common
+from . import _flash_hopper_op as hopper
 from ._common import cdiv
 from ._flash import BARRED, attention_kernel, live_tiles_kernel, merge_kernel
+from ._flash_arguments import MASKS, Keys, Mask, arguments, live_tiles, same  # noqa: F401
 from ._launch import wrap_triton
-
-MASKS = {"add": 1, "allowed": 2, "hidden": 3}
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,6 @@ PROGRAMS = 132  # SMs of the GPU that was measured: fewer programs than that spl
 LISTED = (32, 8)  # from so many blocks of tokens and tiles on, the live tiles are listed first
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Who sees which key ``[B or 1, S or 1, T]``; fill: the logit of a hidden key (bool masks)."""
-
-    tensor: Tensor
-    kind: str
-    fill: float = -math.inf
-
-
 def shape_for(queries: int | torch.SymInt, keys: int | torch.SymInt) -> Shape:
     """The launch shape for so many queries (batch × sequence) of so many keys each."""
     count = common.size_hint(queries) * common.size_hint(cdiv(keys, 64))
@@ -65,40 +56,6 @@ def splits_for(programs: int | torch.SymInt, tiles: int | torch.SymInt) -> int:
     return max(1, min(PROGRAMS // max(1, common.size_hint(programs)), common.size_hint(tiles), 64))
 
 
-@dataclass(frozen=True)
-class Keys:
-    """kv ``[B,G,T,D]`` in a row, then far ``[P,N,D]`` by index ``[B,S,K]`` and page ``[B,S]``; any
-    may be None, any axis of B or S may be 1. wrap: a negative index counts from the end."""
-
-    kv: Tensor | None
-    far: Tensor | None = None
-    index: Tensor | None = None
-    page: Tensor | None = None
-    wrap: bool = False
-
-    @property
-    def own(self) -> bool:
-        """Has each query keys of its own?"""
-        return self.index is not None or (self.kv is not None and not same(self.kv.shape[1], 1))
-
-    @property
-    def near(self) -> int:
-        return 0 if self.kv is None else self.kv.shape[2]
-
-    def arguments(self, q: Tensor) -> dict[str, Any]:
-        """As the kernel takes them; q stands for a tensor that is absent."""
-        kv, far, index, page = self.kv, self.far, self.index, self.page
-        return dict(
-            kv_ptr=_or(kv, q), far_ptr=_or(far, q), index_ptr=_or(index, q), page_ptr=_or(page, q),
-            near=self.near, far=0 if index is None else index.shape[2],
-            rows=0 if far is None else far.shape[1],
-            pages=q.shape[0] if far is None or page is None else far.shape[0],
-            **_strides(kv, "kv", "bst"), **_strides(far, "far", "bt"),
-            **_strides(index, "i", "bsk"), **_strides(page, "p", "bs"),
-            NEAR=kv is not None, FAR=index is not None, PAGED=page is not None, WRAP=self.wrap,
-        )  # fmt: skip
-
-
 def launch(
     q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor, *, scale: float,
     rounded: str, wide: bool, nan_empty: bool,
@@ -109,36 +66,30 @@ def launch(
     count = 0 if keys.index is None else keys.index.shape[2]
     shape = shape_for(batch * length, keys.near + count)
     tokens, width = tiling(shape.rows, heads, keys.own)
-    blocks, tiles = cdiv(length, tokens), cdiv(keys.near, shape.block)
-    programs = batch * blocks * cdiv(heads, width)
+    blocks, tiles = batch * cdiv(length, tokens), cdiv(keys.near, shape.block)
+    programs = blocks * cdiv(heads, width)
     splits = splits_for(programs, tiles + cdiv(count, shape.block))
-    lanes, step = max(16, triton.next_power_of_2(d)), 128
-    shared = dict(
-        sink_ptr=sinks, length=length, blocks=blocks, sink_sh=sinks.stride(0), HEADS=heads,
-        TOKENS=tokens,
-    )  # fmt: skip
-    place = dict(out_ptr=out, **_strides(out, "o", "bsh"), WIDTH=width, D=d, LANES=lanes,
-                 NAN_EMPTY=nan_empty)  # fmt: skip
-    masked = dict(mask_ptr=mask.tensor if mask else q, MASK=MASKS[mask.kind] if mask else 0,
-                  most=tiles, **_strides(mask.tensor if mask else None, "m", "bst"))  # fmt: skip
-    listed = keys.kv is not None and worth_listing(mask, nan_empty, batch * blocks, tiles)
-    numbers = _list(batch * blocks, keys.near, tiles, shape, shared | masked) if listed else (q, q)
-    parts = (q, q)
+    how = dict(scale=scale, rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens,
+               width=width)  # fmt: skip
+    shared = arguments(q, keys, mask, sinks, out, **how) | dict(most=tiles)
+    listed = keys.kv is not None and worth_listing(mask, nan_empty, blocks, tiles)
+    numbers = _list(blocks, tiles, shape, shared) if listed else None
+    if hopper.takes(q, keys, tokens * width, shape.block, splits):
+        hopper.launch(q, keys, mask, sinks, numbers, out, **how)
+        return
+    lanes, parts = max(16, triton.next_power_of_2(d)), (q, q)
     if splits > 1:
         rows = splits * programs * tokens * width
         parts = tuple(q.new_empty((rows, n), dtype=torch.float32) for n in (lanes, 2))
+    shared |= dict(part_ptr=parts[0], stat_ptr=parts[1], D=d, LANES=lanes)
     _run(attention_kernel, (programs, splits))(
-        q_ptr=q, **_strides(q, "q", "bsh"), **keys.arguments(q), **shared, **place, **masked,
-        part_ptr=parts[0], stat_ptr=parts[1], tiles_ptr=numbers[0], count_ptr=numbers[1],
-        BLOCK=shape.block, SPLIT=splits > 1, LIST=listed, SCALE=scale,
-        FILL=0.0 if mask is None or mask.fill == -math.inf else mask.fill, P="p" in rounded,
-        C="s" in rounded, M="m" in rounded, WIDE=wide, num_warps=shape.warps,
-        num_stages=shape.stages,
+        **shared, **live_tiles(numbers, q), BLOCK=shape.block, SPLIT=splits > 1,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     if splits > 1:
-        step = min(lanes, step)
+        step = min(lanes, 128)
         _run(merge_kernel, (programs * tokens * width, lanes // step))(
-            part_ptr=parts[0], stat_ptr=parts[1], splits=splits, **shared, **place, STEP=step,
+            **_of(merge_kernel, shared), splits=splits, STEP=step,
             MOST=triton.next_power_of_2(splits), num_warps=2,
         )  # fmt: skip
 
@@ -147,17 +98,22 @@ def _run(kernel: Any, grid: tuple[Any, ...]) -> Any:
     return wrap_triton(kernel)[grid]
 
 
+def _of(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that a kernel has."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+
+
 def _list(
-    blocks: int | torch.SymInt, near: int | torch.SymInt, tiles: int | torch.SymInt, shape: Shape,
-    arguments: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    blocks: int | torch.SymInt, tiles: int | torch.SymInt, shape: Shape, shared: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """The live tiles of each block of tokens, ``[B · blocks, tiles]``, and their counts."""
-    sinks = arguments["sink_ptr"]
+    sinks = shared["sink_ptr"]
     numbers = sinks.new_empty((blocks, tiles), dtype=torch.int32)
     counts = sinks.new_empty((blocks,), dtype=torch.int32)
     _run(live_tiles_kernel, (blocks,))(
-        **arguments, tiles_ptr=numbers, count_ptr=counts, keys=near, BLOCK=shape.block,
-        HLANES=triton.next_power_of_2(arguments["HEADS"]), CHUNK=2048 // shape.block, num_warps=4,
+        **_of(live_tiles_kernel, shared), tiles_ptr=numbers, count_ptr=counts, keys=shared["near"],
+        BLOCK=shape.block, HLANES=triton.next_power_of_2(shared["HEADS"]),
+        CHUNK=2048 // shape.block, num_warps=4,
     )  # fmt: skip
     return numbers, counts
 
@@ -172,20 +128,3 @@ def worth_listing(
     if nan_empty:
         return mask.kind != "add" and mask.fill == -math.inf
     return mask.kind == "add" or mask.fill <= BARRED.value
-
-
-def same(size: int | torch.SymInt, value: int) -> bool:
-    """Known to be the value, without a guard."""
-    return not isinstance(size, torch.SymInt) and size == value
-
-
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
-    return other if t is None else t
-
-
-def _strides(t: Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """``name_s?`` of each leading axis: 0 along one of size one, and for no tensor."""
-    steps = [0] * len(axes) if t is None else t.stride()
-    sizes = [1] * len(axes) if t is None else t.shape
-    return {f"{name}_s{a}": 0 if same(n, 1) else s
-            for a, s, n in zip(axes, steps, sizes, strict=False)}  # fmt: skip

@@ -36,11 +36,12 @@ def _barred(x, MASK: tl.constexpr):
 
 
 @triton.jit
-def _logits(s, at, inside, SCALE: tl.constexpr, FILL: tl.constexpr, MASK: tl.constexpr,
+def _logits(s, x, inside, SCALE: tl.constexpr, FILL: tl.constexpr, MASK: tl.constexpr,
             P: tl.constexpr, C: tl.constexpr, M: tl.constexpr, dtype: tl.constexpr):
     """Scores → logits, rounded after product (P), scale (C) and mask (M) where the module does.
 
-    FILL: what a hidden key's logit is; 0 stands for -inf, which is no literal in generated code.
+    x: the mask's values. FILL: what a hidden key's logit is; 0 stands for -inf, which is no literal
+    in generated code.
     """
     if P:
         s = round_to(s, dtype)
@@ -48,16 +49,35 @@ def _logits(s, at, inside, SCALE: tl.constexpr, FILL: tl.constexpr, MASK: tl.con
     if C:
         s = round_to(s, dtype)
     if MASK == 1:
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        s += x.to(tl.float32)
         if M:
             s = round_to(s, dtype)
     if MASK > 1:
-        hidden = _barred(tl.load(at, mask=inside, other=0), MASK)
+        hidden = _barred(x, MASK)
         if FILL == 0.0:
             s = tl.where(hidden, float("-inf"), s)
         else:
             s = tl.where(hidden, FILL, s)
     return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def _weights(s, top, m):
+    """Weights by a new maximum, not divided yet, and by what earlier ones are to be multiplied."""
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet: exp(-inf - 0) = 0
+    return tl.exp2((s - base[:, None]) * LOG2E), tl.exp2((m - base) * LOG2E)
+
+
+@triton.jit
+def _share(m, den, sink, NAN_EMPTY: tl.constexpr):
+    """By what a row is to be multiplied, the sink among its weights."""
+    top = max_nan(m, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2((m - base) * LOG2E)
+    den = den * decay + tl.exp2((sink - base) * LOG2E)
+    if NAN_EMPTY:
+        den = tl.where(m == float("-inf"), float("nan"), den)
+    return decay / den
 
 
 @triton.jit
@@ -73,11 +93,10 @@ def _step(q, k, at, inside, some, m, den, acc, SCALE: tl.constexpr, FILL: tl.con
         s = tl.dot(q, tl.trans(k))
     else:  # never taken; of products in both branches no layout is computed twice
         s = tl.dot(q, tl.trans(k)) * 2.0
-    s = _logits(s, at, inside, SCALE, FILL, MASK, P, C, M, q.dtype)
+    x = tl.load(at, mask=inside, other=0) if MASK else 0.0
+    s = _logits(s, x, inside, SCALE, FILL, MASK, P, C, M, q.dtype)
     top = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet: exp(-inf - 0) = 0
-    p = tl.exp2((s - base[:, None]) * LOG2E)
-    decay = tl.exp2((m - base) * LOG2E)
+    p, decay = _weights(s, top, m)
     den = den * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
     high = p.to(k.dtype)
@@ -186,14 +205,9 @@ def attention_kernel(
     else:
         # The sink comes last: a maximum that starts from memory costs the loop a better layout.
         sink = tl.load(sink_ptr + head * sink_sh, mask=live, other=0.0).to(tl.float32)
-        top = max_nan(m, sink)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        decay = tl.exp2((m - base) * LOG2E)
-        den = den * decay + tl.exp2((sink - base) * LOG2E)
-        if NAN_EMPTY:
-            den = tl.where(m == float("-inf"), float("nan"), den)
         at = out_ptr + b * o_sb + s * o_ss + head.to(tl.int64) * o_sh
-        y = narrow(acc * (decay / den)[:, None], out_ptr.dtype.element_ty)
+        share = _share(m, den, sink, NAN_EMPTY)
+        y = narrow(acc * share[:, None], out_ptr.dtype.element_ty)
         tl.store(at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 

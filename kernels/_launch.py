@@ -36,6 +36,11 @@ def instead_of_launches(do: Instead) -> Iterator[None]:
         _instead.reset(token)
 
 
+def replaced() -> bool:
+    """Does something take the place of launches? What it takes are kernels of Triton's only."""
+    return _instead.get() is not None
+
+
 @dataclass(frozen=True)
 class _Replaced:
     kernel: Any

@@ -96,8 +96,8 @@ def silu(x, MODE: tl.constexpr):
 
     2: the bits of ATen where x came from 16 bits (all 2^16 are tested): a tile with a value
     below -87, or infinite, takes the full division, any other one correction of x * rcp(d).
-    3: those of ATen once they are rounded to bf16, x of bf16, on the GPUs of SILU_BF16: within
-    2^-21 of the middle between two bf16 lie the results of four inputs only.
+    3: those of ATen once they are rounded to bf16, for any bf16 x below inf, on the GPUs of
+    SILU_BF16: within 2^-21 of the middle between two bf16 lie the results of four x only.
     """
     if INTERPRET:
         return x / (1.0 + tl.exp(-x))

@@ -43,14 +43,13 @@ from ._common import (
 from ._launch import target, wrap_triton
 from ._swiglu import SILU_BF16, swiglu
 
-# One warp per program: the choice of silu's division (see ``silu``) is then one redux, without a
-# barrier. Few tokens: small programs, so that all SMs share the exponentials. Many tokens: two
-# 16-byte loads of gate and of up in flight per lane.
+# Few tokens: one 8-byte load of gate and of up per lane, so that all SMs share the exponentials.
+# Many tokens: two or four 16-byte loads of each in flight per lane, and a group's amax in one warp.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
-    (4, Config(rows=1, warps=1, columns=128)),
-    (64, Config(rows=1, warps=1, columns=256)),
-    (512, Config(rows=2, warps=1, columns=256)),
-    (None, Config(rows=1, warps=1, columns=512)),
+    (32, Config(rows=1, warps=4, columns=512)),
+    (512, Config(rows=2, warps=4, columns=256)),
+    (2048, Config(rows=1, warps=4, columns=1024)),
+    (None, Config(rows=1, warps=1, columns=1024)),
 )
 BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a significand
 
@@ -171,7 +170,7 @@ def _launch(
         COLUMNS=columns, BLOCK=block, ROWS=config.rows, LIMIT=0.0 if limit is None else limit,
         HAS_LIMIT=limit is not None, PAIRS=_pairs(gate.dtype, limit, steps),
         HAS_W=weight is not None, STEPS=steps, ROUND=not precise and dtype == gate.dtype,
-        SILU=_silu_mode(gate.dtype, steps, precise),
+        SILU=_silu_mode(gate.dtype, steps and limit is not None, precise),
         GROUP=group, FLOOR=floor, SCALE=common.SCALES[scale], VIA_MUL=via == "mul",
         BY_MUL=by == "mul", num_warps=config.warps,
     )  # fmt: skip
@@ -184,11 +183,11 @@ def _pairs(dtype: torch.dtype, limit: float | None, steps: bool) -> bool:
     return steps or limit is None or (math.frexp(limit)[0] * 2 ** BITS[dtype]).is_integer()
 
 
-def _silu_mode(dtype: torch.dtype, steps: bool, precise: bool) -> int:
-    """MODE of ``_swiglu.silu``."""
+def _silu_mode(dtype: torch.dtype, narrow: bool, precise: bool) -> int:
+    """MODE of ``_swiglu.silu``; narrow: of a clamped value, and rounded to its dtype."""
     if precise:
         return 0
-    if dtype == torch.bfloat16 and steps and target() in SILU_BF16:
+    if narrow and dtype == torch.bfloat16 and target() in SILU_BF16:
         return 3
     return 1 if dtype == torch.float32 else 2
 

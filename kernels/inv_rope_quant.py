@@ -48,8 +48,8 @@ from ._launch import wrap_triton
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (2, Config(rows=1, warps=1, columns=128)),
     (4, Config(rows=2, warps=1, columns=128)),
-    (32, Config(rows=4, warps=1, columns=128)),
-    (64, Config(rows=4, warps=2)),
+    (32, Config(rows=8, warps=4, columns=128)),
+    (64, Config(rows=4, warps=2, columns=256)),
     (256, Config(rows=4, warps=1)),
     (512, Config(rows=8, warps=2)),
     (None, Config(rows=4, warps=1)),

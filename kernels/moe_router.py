@@ -40,7 +40,10 @@ from ._launch import wrap_triton
 from ._router import DTYPES, FUNCS, moe_router_kernel
 
 # One warp per program: the maxima over a row are then single redux instructions, no barrier.
-CONFIGS: tuple[tuple[int | None, Config], ...] = ((None, Config(rows=1, warps=1)),)
+CONFIGS: tuple[tuple[int | None, Config], ...] = (
+    (4096, Config(rows=1, warps=1)),
+    (None, Config(rows=2, warps=1)),
+)
 HASH_CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (64, Config(rows=1, warps=1)),
     (1024, Config(rows=4, warps=1)),

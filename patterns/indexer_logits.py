@@ -261,22 +261,24 @@ def example(tokens: int, sizes: Sizes, device: str, dtype: torch.dtype, rounding
 
 
 def causal(tokens: int, sizes: Sizes, device: str) -> Example:
-    """e4m3 codes, a scale for each key; as many keys as tokens, each sees those up to its own."""
-    heads, dim = min(sizes.heads, 64), 128
+    """e4m3 codes, a scale for each key; as many keys as tokens (64 at least), which are the last
+    of them: each sees those up to its own."""
+    heads, dim, keys = min(sizes.heads, 64), 128, max(tokens, 64)
 
     def fn(q: Tensor, k: Tensor, scale: Tensor, w: Tensor) -> Tensor:
         dots = torch.einsum("thd,sd->ths", q.float(), k.float())
         logits = (dots.relu() * w.unsqueeze(-1)).sum(dim=1) * scale
-        place = torch.arange(tokens, device=q.device)
-        return logits.masked_fill(place >= place.unsqueeze(-1) + 1, -math.inf)
+        place = torch.arange(keys, device=q.device)
+        ends = place[keys - tokens :] + 1
+        return logits.masked_fill(place >= ends.unsqueeze(-1), -math.inf)
 
     q, k = (torch.randint(-3, 4, s, device=device).float().to(FP8)
-            for s in ((tokens, heads, dim), (tokens, dim)))  # fmt: skip
-    scale = 2.0 ** torch.randint(-2, 3, (tokens,), device=device)
+            for s in ((tokens, heads, dim), (keys, dim)))  # fmt: skip
+    scale = 2.0 ** torch.randint(-2, 3, (keys,), device=device)
     w = torch.randint(-3, 4, (tokens, heads), device=device).float()
-    moved = q.nbytes + k.nbytes + scale.nbytes + w.nbytes + 4 * tokens * tokens
-    # Half of all pairs, of fp8 products at twice the rate of bf16.
-    flops = tokens * (tokens + 1) // 2 * heads * dim
+    moved = q.nbytes + k.nbytes + scale.nbytes + w.nbytes + 4 * tokens * keys
+    # Of the pairs that are seen, fp8 products at twice the rate of bf16.
+    flops = (tokens * keys - tokens * (tokens - 1) // 2) * heads * dim
     return Example(fn, (q, k, scale, w), moved, flops=flops)
 
 

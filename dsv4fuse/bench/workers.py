@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
 log = logging.getLogger(__name__)
+AT_ONCE = 3  # that measure: one is timed, others load what they will run
 _turn: Any = None  # in a worker, the lock that the one who times holds
+_seat: Any = None  # and one of the seats for those who measure
 
 
 def measure_all(
@@ -32,8 +34,9 @@ def measure_all(
     from dsv4fuse.bench import fusions
 
     context = multiprocessing.get_context("spawn")
+    given = context.Lock(), context.Semaphore(AT_ONCE)
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_prepare, initargs=(context.Lock(),)
+        workers, mp_context=context, initializer=_prepare, initargs=given
     ) as pool:
         _compile_all(pool, sites, progress)
         running = [pool.submit(_measure, site) for site in sites]
@@ -68,9 +71,9 @@ def _compile_all(
             log.info("%s: %s", _said(running[done]), error)
 
 
-def _prepare(turn: Any) -> None:
-    global _turn
-    _turn = turn
+def _prepare(turn: Any, seat: Any) -> None:
+    global _turn, _seat
+    _turn, _seat = turn, seat
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are many already
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -92,7 +95,8 @@ def _compile(site: Site) -> Exception | None:
 def _measure(site: Site) -> Row | Exception:
     from dsv4fuse.bench import fusions
 
-    return _tried(lambda: fusions.measure(*site, turn=_turn))
+    with _seat:
+        return _tried(lambda: fusions.measure(*site, turn=_turn))
 
 
 def _tried(call: Callable[[], Any]) -> Any:

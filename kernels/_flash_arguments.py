@@ -1,0 +1,97 @@
+"""The attention kernels' tensors and numbers as the kernels take them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import cdiv
+
+MASKS = {"add": 1, "allowed": 2, "hidden": 3}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who sees which key ``[B or 1, S or 1, T]``; fill: the logit of a hidden key (bool masks)."""
+
+    tensor: Tensor
+    kind: str
+    fill: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Keys:
+    """kv ``[B,G,T,D]`` in a row, then far ``[P,N,D]`` by index ``[B,S,K]`` and page ``[B,S]``; any
+    may be None, any axis of B or S may be 1. wrap: a negative index counts from the end."""
+
+    kv: Tensor | None
+    far: Tensor | None = None
+    index: Tensor | None = None
+    page: Tensor | None = None
+    wrap: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Has each query keys of its own?"""
+        return self.index is not None or (self.kv is not None and not same(self.kv.shape[1], 1))
+
+    @property
+    def near(self) -> int:
+        return 0 if self.kv is None else self.kv.shape[2]
+
+    def arguments(self, q: Tensor) -> dict[str, Any]:
+        """As the kernel takes them; q stands for a tensor that is absent."""
+        kv, far, index, page = self.kv, self.far, self.index, self.page
+        return dict(
+            kv_ptr=_or(kv, q), far_ptr=_or(far, q), index_ptr=_or(index, q), page_ptr=_or(page, q),
+            near=self.near, far=0 if index is None else index.shape[2],
+            rows=0 if far is None else far.shape[1],
+            pages=q.shape[0] if far is None or page is None else far.shape[0],
+            **_strides(kv, "kv", "bst"), **_strides(far, "far", "bt"),
+            **_strides(index, "i", "bsk"), **_strides(page, "p", "bs"),
+            NEAR=kv is not None, FAR=index is not None, PAGED=page is not None, WRAP=self.wrap,
+        )  # fmt: skip
+
+
+def arguments(
+    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor, *, scale: float,
+    rounded: str, wide: bool, nan_empty: bool, tokens: int, width: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What both attention kernels take."""
+    m = mask.tensor if mask else None
+    return dict(
+        q_ptr=q, sink_ptr=sinks, out_ptr=out, mask_ptr=_or(m, q), **_strides(q, "q", "bsh"),
+        **keys.arguments(q), **_strides(out, "o", "bsh"), **_strides(m, "m", "bst"),
+        sink_sh=sinks.stride(0), length=q.shape[1], blocks=cdiv(q.shape[1], tokens),
+        HEADS=q.shape[2], TOKENS=tokens, WIDTH=width, SCALE=scale,
+        MASK=MASKS[mask.kind] if mask else 0,
+        FILL=0.0 if mask is None or mask.fill == -math.inf else mask.fill,
+        P="p" in rounded, C="s" in rounded, M="m" in rounded, WIDE=wide, NAN_EMPTY=nan_empty,
+    )  # fmt: skip
+
+
+def live_tiles(numbers: tuple[Tensor | None, Tensor | None] | None, q: Tensor) -> dict[str, Any]:
+    """The list of live tiles, if there is one, as the kernels take it."""
+    tiles, counts = numbers or (None, None)
+    return dict(tiles_ptr=_or(tiles, q), count_ptr=_or(counts, q), LIST=tiles is not None)
+
+
+def same(size: int | torch.SymInt, value: int) -> bool:
+    """Known to be the value, without a guard."""
+    return not isinstance(size, torch.SymInt) and size == value
+
+
+def _or(t: Tensor | None, other: Tensor) -> Tensor:
+    return other if t is None else t
+
+
+def _strides(t: Tensor | None, name: str, axes: str) -> dict[str, int]:
+    """``name_s?`` of each leading axis: 0 along one of size one, and for no tensor."""
+    steps = [0] * len(axes) if t is None else t.stride()
+    sizes = [1] * len(axes) if t is None else t.shape
+    return {f"{name}_s{a}": 0 if same(n, 1) else s
+            for a, s, n in zip(axes, steps, sizes, strict=False)}  # fmt: skip

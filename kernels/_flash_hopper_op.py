@@ -1,0 +1,110 @@
+"""The op that launches the Hopper attention kernel, and which launches are its."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import _common as common
+from ._common import cdiv
+from ._flash_arguments import Keys, Mask, arguments, live_tiles
+from ._launch import replaced
+
+REGISTERS = 88  # of a thread that loads
+
+
+def takes(q: Tensor, keys: Keys, rows: int, block: int, splits: int) -> bool:
+    """Is this launch the Hopper kernel's? ``rows`` of a program, ``block`` keys of a tile."""
+    return refusal(q, keys, rows, block, splits) is None
+
+
+def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int) -> str | None:
+    """Why it is not, or None."""
+    if not is_hopper(q.device):
+        return "It is for GPUs of compute capability 9."
+    if kernel() is None:
+        return "This Triton has no Gluon, or not the one that the kernel was written in."
+    if q.shape[3] != 512:
+        return "It is for heads of 512 lanes."
+    if rows != 64 or block != 64:
+        return "Its programs have 64 rows, heads of one token or of several, and tiles of 64 keys."
+    if splits > 1:
+        return "There are few programs, among which the keys are split."
+    steps = (s for t in (q, keys.kv, keys.far) if t is not None for s in t.stride()[:-1])
+    if any(common.size_hint(s) % 16 for s in steps):
+        return "Rows do not start at multiples of 32 bytes."
+    return None
+
+
+def is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def kernel() -> Any:
+    """None where it cannot be imported: Gluon is experimental, may be absent or have changed."""
+    try:
+        from ._flash_hopper import hopper_attention_kernel
+    except Exception:  # whatever a changed interface raises
+        return None
+    return hopper_attention_kernel
+
+
+def launch(
+    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, numbers: tuple[Tensor, Tensor] | None,
+    out: Tensor, **how: Any,
+) -> None:  # fmt: skip
+    """numbers: the live tiles and their counts, if they were listed."""
+    torch.ops.dsv4fuse.attention_hopper(
+        q, keys.kv, keys.far, keys.index, keys.page, mask.tensor if mask else None, sinks,
+        *(numbers or (None, None)), out, wrap=keys.wrap, mask_kind=mask.kind if mask else "add",
+        fill=mask.fill if mask and mask.fill > -math.inf else None, **how,
+    )  # fmt: skip
+
+
+@custom_op("dsv4fuse::attention_hopper", mutates_args=("out",))
+def attention_hopper(
+    q: Tensor, kv: Tensor | None, far: Tensor | None, index: Tensor | None, page: Tensor | None,
+    mask: Tensor | None, sinks: Tensor, tiles: Tensor | None, counts: Tensor | None, out: Tensor,
+    *, wrap: bool, mask_kind: str, fill: float | None, scale: float, rounded: str, wide: bool,
+    nan_empty: bool, tokens: int, width: int,
+) -> None:  # fmt: skip
+    """``launch``; opaque, for a graph of torch takes launches of Triton kernels only."""
+    if replaced():  # by their descriptions, and the tensors may be fake
+        return
+    q = aligned(q)
+    keys = Keys(*(None if t is None else aligned(t) for t in (kv, far)), index, page, wrap)
+    hidden = -math.inf if fill is None else fill
+    shared = arguments(
+        q, keys, None if mask is None else Mask(mask, mask_kind, hidden), sinks, out, scale=scale,
+        rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens, width=width,
+    )  # fmt: skip
+    programs = q.shape[0] * shared["blocks"] * cdiv(q.shape[2], width)
+    kernel()[(min(programs, processors(q.device)),)](
+        **shared, **live_tiles((tiles, counts), q), most=cdiv(keys.near, 64), programs=programs,
+        REGISTERS=REGISTERS, num_warps=8,
+    )  # fmt: skip
+
+
+@attention_hopper.register_fake
+def _(q, *_, **__):
+    return None
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Itself where each row is dense and starts at a multiple of 32 bytes, or a copy that is so."""
+    steps = [s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
+    if t.data_ptr() % 32 == 0 and t.stride(-1) == 1 and not any(s % 16 for s in steps):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

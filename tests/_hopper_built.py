@@ -1,0 +1,69 @@
+"""Prints what the Hopper attention kernel is compiled to, for a GPU that need not be here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton
+from dsv4fuse.kernels import _attention as attention
+from dsv4fuse.kernels import _flash_hopper_op as op
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dsv4fuse.bench.kernels import usage
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
+         torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
+kernel, made = op.kernel(), []
+
+
+def compiled(num_warps: int, **arguments: Any) -> None:
+    """Specialised as a launch would be."""
+    signature, constants, attributes = {}, {}, {}
+    for at, param in enumerate(kernel.params):
+        value, free = arguments[param.name], param.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[param.name], attributes[(at,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif param.is_constexpr or (value == 1 and not free):
+            signature[param.name], constants[(at,)] = "constexpr", value
+        else:
+            signature[param.name] = "i32"
+            if value % 16 == 0 and not free:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": num_warps}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made.append({**usage(done.asm["cubin"]), "shared": done.metadata.shared,
+                 "products": done.asm["ptx"].count("wgmma.mma_async"),
+                 "copies": done.asm["ptx"].count("cp.async.cg.shared.global")})  # fmt: skip
+
+
+class Compiled:
+    def __getitem__(self, grid: Any) -> Any:
+        return compiled
+
+
+def launch(keys: Any, mask: Any = None, heads: int = 64, **how: Any) -> None:
+    how = {"rounded": "", "wide": False, "nan_empty": False, **how}
+    q, sinks = zeros(1, 600, heads, 512), zeros(heads, dtype=torch.float32)
+    attention.launch(q, keys, mask, sinks, zeros(*q.shape), scale=0.05, **how)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+op.is_hopper, op.kernel, op.processors = lambda device: True, Compiled, lambda device: 132
+attention.SHAPES, attention.LISTED = attention.SHAPES[-1:], (1 << 30, 1)
+Keys, Mask = attention.Keys, attention.Mask
+near, far = zeros(1, 1, 600, 512), zeros(3, 90, 512)
+index, page = zeros(1, 600, 640, dtype=torch.int64), zeros(1, 600, dtype=torch.int32)
+added = Mask(zeros(1, 600, 600), "add")
+hidden = Mask(zeros(1, 600, 1240, dtype=torch.bool), "hidden")
+launch(Keys(None, far[:1], index))
+launch(Keys(near), added, rounded="psm")
+launch(Keys(near, far, index, page, True), hidden, wide=True, nan_empty=True)
+launch(Keys(near), added, heads=16)
+print(json.dumps(made))
