@@ -124,6 +124,8 @@ def test_close():
     x = torch.tensor([[1.0, 100.0]])
     assert bench._close(x, x * (1 + 1e-7), 0.0) and not bench._close(x, x * 1.001, 0.0)
     assert bench._close(x, x * 1.001, 0.002)
+    far = torch.tensor([[1.0, -torch.inf]])
+    assert bench._close(far, far, 0.0) and not bench._close(far, far * 1.1, 0.0)
     assert bench._close(x.long(), x.long(), 0.0) and not bench._close(x.long(), x.long() + 1, 9.0)
 
 

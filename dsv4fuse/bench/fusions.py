@@ -169,12 +169,14 @@ def _tensors(result: object) -> list[Tensor]:
 
 
 def _close(a: Tensor, b: Tensor, slack: float) -> bool:
-    """Equal integers; floats within two rounding steps, and the slack, at the row's largest."""
+    """Equal integers and infinities; other floats within two rounding steps, and the slack, at the
+    row's largest."""
     if not a.dtype.is_floating_point:
         return torch.equal(a, b)
     x, y = a.double(), b.double()
     error = 2 * torch.finfo(a.dtype).eps + slack
-    return bool(((x - y).abs() <= error * x.abs().amax(-1, keepdim=True)).all())
+    largest = x.abs().where(x.isfinite(), 0).amax(-1, keepdim=True)
+    return bool(((x == y) | ((x - y).abs() <= error * largest)).all())
 
 
 def run(
