@@ -20,7 +20,7 @@ import torch
 
 from dsv4fuse.bench import models
 from dsv4fuse.fusion import registry
-from dsv4fuse.select import SLOWER, measured
+from dsv4fuse.select import CLEAR, SLOWER, measured
 
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
 STEPS = "examples/results/*_flash_*.json"
@@ -38,6 +38,7 @@ class Variant:
 
     name: str
     times: tuple[tuple[int, float, float], ...]
+    varied: bool = False  # see Fusion
 
     @property
     def ratios(self) -> list[float]:
@@ -46,13 +47,13 @@ class Variant:
     @property
     def region(self) -> str:
         """The numbers of tokens at which ``select="auto"`` takes it."""
-        won = [t for t, inductor, ours in self.times if ours <= SLOWER * inductor]
+        limit = CLEAR if self.varied else SLOWER
+        won = [t for t, inductor, ours in self.times if ours <= limit * inductor]
         every = [t for t, _, _ in self.times]
         if won == every:
             return f"{every[0]}–{every[-1]}"
-        if not won:
-            return "nowhere"
-        return ", ".join(_runs(won, every))
+        rest = ", else timed on the spot" * self.varied
+        return (", ".join(_runs(won, every)) or "nowhere") + rest
 
 
 def _runs(won: list[int], every: list[int]) -> list[str]:
@@ -75,6 +76,7 @@ def variants(fusion: str) -> list[Variant]:
             name,
             tuple(sorted((r["tokens"], r["inductor"], r["ours"]) for r in rows
                          if r["variant"] == name)),
+            registry()[fusion].varied,
         )
         for name in names
     ]  # fmt: skip

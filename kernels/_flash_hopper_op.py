@@ -33,8 +33,8 @@ def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int) -> str | 
         return "It is for heads of 512 lanes."
     if rows != 64 or block != 64:
         return "Its programs have 64 rows, heads of one token or of several, and tiles of 64 keys."
-    if splits > 1:
-        return "There are few programs, among which the keys are split."
+    if splits > 2:
+        return "There are so few programs that their keys are better split among more."
     steps = (s for t in (q, keys.kv, keys.far) if t is not None for s in t.stride()[:-1])
     if any(common.size_hint(s) % 16 for s in steps):
         return "Rows do not start at multiples of 32 bytes."

@@ -286,7 +286,7 @@ def test_what_it_takes(monkeypatch):
     assert op.refusal(q, keys, 64, 64, 1) is None and op.takes(q, keys, 64, 64, 1)
     assert "512 lanes" in op.refusal(q[..., :256], keys, 64, 64, 1)
     assert "64 rows" in op.refusal(q, keys, 32, 64, 1) and not op.takes(q, keys, 64, 32, 1)
-    assert "split" in op.refusal(q, keys, 64, 64, 2)
+    assert "split" in op.refusal(q, keys, 64, 64, 3)
     odd = torch.zeros(1, 70, 520)[..., :512]
     assert "32 bytes" in op.refusal(q, attention.Keys(None, odd), 64, 64, 1)
     monkeypatch.setattr(op, "kernel", lambda: None)

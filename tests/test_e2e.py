@@ -344,14 +344,13 @@ def test_tokens_per_second_and_figures_in_the_table():
 
 
 def test_committed_runs_are_read(checkout):
-    """Figures of an earlier version of the program: what it did not measure is not there."""
     files = sorted((checkout / "examples" / "results").glob("*_flash_*.json"))
     assert len(files) == 2
     for file in files:
         (run,), made_on = e2e.load(file)
         assert made_on["gpu"] == "NVIDIA H200" and made_on["date"]
-        assert {p.name for p in run.profiles} == {"inductor", "dsv4fuse"}
-        assert all(p.ms > p.graph_ms > 0 and p.error is None for p in run.profiles)
+        assert [p.name for p in run.profiles] == ["eager", "inductor", "dsv4fuse"]
+        assert all(p.ms > p.graph_ms > 0 and p.error < 0.5 for p in run.profiles[1:])
         assert set(run.taken) <= set(registry())
         shown = bench("--e2e", "--from", file).stdout
         assert f"{run.of('dsv4fuse').graph_ms:.3f}" in shown and "say nothing" not in shown
@@ -375,11 +374,11 @@ def test_nothing_measured_is_not_written(tmp_path):
 
 
 def test_a_picture_of_what_is_kept(checkout, tmp_path):
-    (file,) = (checkout / "examples" / "results").glob("hf_flash_*.json")
+    file = checkout / "examples" / "results" / "hf_flash_prefill_2048.json"
     picture = tmp_path / "launches.svg"
     result = bench("--e2e", "--from", file, "--plot", picture)
     if importlib.util.find_spec("matplotlib") is None:
         assert result.exit_code == 2 and "dsv4fuse[bench]" in result.stderr
     else:
         assert result.exit_code == 0, result.output
-        assert "742" in picture.read_text() and "364" in picture.read_text()
+        assert "742" in picture.read_text() and "320" in picture.read_text()
