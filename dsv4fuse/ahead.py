@@ -19,7 +19,7 @@ import triton
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv4fuse import compat
+from dsv4fuse import clock, compat
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.kernels._launch import Specialised, described
 
@@ -38,7 +38,8 @@ def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator
     except Exception:
         log.debug("no kernel is compiled ahead", exc_info=True)
     yield
-    done, _ = futures.wait([future for _, future in started], PATIENCE)
+    with clock.step("waiting for kernels"):
+        done, _ = futures.wait([future for _, future in started], PATIENCE)
     for kernel, future in started:
         ended = future in done and not future.cancelled()
         error = future.exception() if ended else "no worker was free"

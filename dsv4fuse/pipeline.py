@@ -9,7 +9,7 @@ from collections import Counter
 
 from torch import fx
 
-from dsv4fuse import chaining, compat, rewrite, select, trial, tuning, verify
+from dsv4fuse import chaining, clock, compat, rewrite, select, trial, tuning, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
@@ -22,7 +22,14 @@ numbers: Counter[str] = Counter()  # of each fusion, how many sites this process
 def run(graph: fx.Graph, options: Options) -> Report:
     """Fuse what can be fused in ``graph``, in place."""
     started = time.perf_counter()
-    with compat.outside_compilation():  # a rule's numbers need not be fake tensors
+    with clock.collecting() as spent:
+        sites = _fused(graph, options)
+    return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started, spent=spent)
+
+
+def _fused(graph: fx.Graph, options: Options) -> list[Site]:
+    # A rule's numbers need not be fake tensors.
+    with clock.step("matching"), compat.outside_compilation():
         scene = Scene(graph)
         regions = candidates(scene, options)
     fusions = list(registry().values())
@@ -36,8 +43,10 @@ def run(graph: fx.Graph, options: Options) -> Report:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
-    nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
-    plans = {} if options.autotune else _plans_ahead(waiting, options)
+    with clock.step("matching"):
+        nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
+    with clock.step("planning"):
+        plans = {} if options.autotune else _plans_ahead(waiting, options)
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites, plans)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
@@ -53,7 +62,7 @@ def run(graph: fx.Graph, options: Options) -> Report:
     if newer:
         graph.eliminate_dead_code()
         graph.lint()
-    return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started)
+    return sites
 
 
 def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.Node]]]:
@@ -198,9 +207,11 @@ def _decide(
     if verdict.take is False:
         return _timed(candidate, verdict), "declined", verdict.why, None
     if options.autotune:
-        candidate = tuning.tuned(candidate, region)
+        with clock.step("tuning"):
+            candidate = tuning.tuned(candidate, region)
     try:
-        traced = plans.get(candidate.site) or rewrite.plan(candidate)
+        with clock.step("planning"):
+            traced = plans.get(candidate.site) or rewrite.plan(candidate)
     except rewrite.Declined as error:
         return candidate, "declined", str(error), None
     if not options.verify and verdict.take:

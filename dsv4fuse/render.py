@@ -107,13 +107,14 @@ def short(file: str, line: int) -> str:
 
 
 def headline(report: Report) -> str:
-    """One line: how many sites, graphs, breaks and seconds."""
+    """One line: how many sites, graphs, breaks and seconds, and of what step."""
     graphs = f"{report.graphs} graph" + ("" if report.graphs == 1 else "s")
     breaks = f"{len(report.breaks)} break" + ("" if len(report.breaks) == 1 else "s")
     taken = sum(report.counts().values())
+    steps = ", ".join(f"{name} {s:.2f}" for name, s in report.spent.most_common())
     return (
         f"dsv4fuse: {taken} of {len(report.sites)} sites fused in {graphs}, {breaks}, "
-        f"{report.seconds:.2f} s"
+        f"{report.seconds:.2f} s" + f" ({steps})" * bool(steps)
     )
 
 

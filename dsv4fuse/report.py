@@ -90,9 +90,10 @@ class Break:
 class Report:
     """The sites, graph breaks and notes of one or several compiled graphs.
 
-    ``graphs`` counts the graphs seen and ``seconds`` the time dsv4fuse itself took. Reports
-    merge with ``+=``; ``str(report)`` and :meth:`print` fold equal rows of different layers,
-    ``sites`` keeps them all.
+    ``graphs`` counts the graphs seen and ``seconds`` the time dsv4fuse itself took, ``spent`` that
+    of its steps: matching, planning, waiting for kernels, checking, timing, tuning. Reports merge
+    with ``+=``; ``str(report)`` and :meth:`print` fold equal rows of different layers, ``sites``
+    keeps them all.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -100,6 +101,7 @@ class Report:
     graphs: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    spent: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, model: Any) -> Report:
@@ -145,6 +147,7 @@ class Report:
         self.notes += [n for n in dict.fromkeys(other.notes) if n not in self.notes]
         self.graphs += other.graphs
         self.seconds += other.seconds
+        self.spent += other.spent
         return self
 
     def __add__(self, other: Report) -> Report:
@@ -163,6 +166,7 @@ class Report:
             "graphs": self.graphs,
             "notes": list(self.notes),
             "seconds": self.seconds,
+            "spent": dict(self.spent),
         }
         return json.dumps(data, indent=indent)
 
@@ -179,8 +183,9 @@ class Report:
                 graphs=int(data["graphs"]),
                 notes=[str(note) for note in data["notes"]],
                 seconds=float(data["seconds"]),
+                spent=Counter({str(k): float(s) for k, s in data.get("spent", {}).items()}),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"This dsv4fuse report is damaged: {error}.") from error
 
     def check(self, options: Options) -> None:

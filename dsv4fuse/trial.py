@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from dsv4fuse import cache, measure, ranks, select, verify
+from dsv4fuse import cache, clock, measure, ranks, select, verify
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.options import Options
 
@@ -61,10 +61,15 @@ def run(
 
 
 def _found(candidate: Candidate, region: list[fx.Node], options: Options, timed: bool) -> Finding:
-    if verify.too_large(candidate, region):
-        return Finding(large=True)
-    wrong = verify.check(candidate, region, options.numerics) if options.verify else None
-    times = measure.times(candidate, region, options) if timed and wrong is None else None
+    wrong = times = None
+    with clock.step("checking"):
+        if verify.too_large(candidate, region):
+            return Finding(large=True)
+        if options.verify:
+            wrong = verify.check(candidate, region, options.numerics)
+    if timed and wrong is None:
+        with clock.step("timing"):
+            times = measure.times(candidate, region, options)
     return Finding(wrong=wrong, times=times)
 
 

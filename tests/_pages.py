@@ -89,7 +89,7 @@ def blocks(checkout: pathlib.Path) -> list[Block]:
 
 def plain(text: str) -> str:
     """Output without what differs from run to run: times, line numbers, the width of columns."""
-    text = re.sub(r"\d+\.\d+ s\b", "# s", text)
+    text = re.sub(r"\d+\.\d+ s\b( \([a-z]+ \d[^)]*\))?", "# s", text)
     text = re.sub(r"(\.(?:py|md)):\d+", r"\1:#", text)
     return "\n".join(" ".join(line.split()) for line in text.strip().splitlines())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from rich.console import Console
 
-from dsv4fuse import render
+from dsv4fuse import clock, render
 from dsv4fuse.options import Options
 from dsv4fuse.report import Break, FusionError, Report, Site
 
@@ -235,3 +236,25 @@ def test_paths_are_shortened_to_the_library(monkeypatch, tmp_path):
     assert render.short("/venv/site-packages/lib/m.py", 0) == "lib/m.py"
     assert render.short("/elsewhere/m.py", 1) == "/elsewhere/m.py:1"
     assert render.short("", 0) == ""
+
+
+def test_the_seconds_of_each_step_are_its_own(monkeypatch):
+    now = iter((0.0, 1.0, 4.0, 5.0, 7.0, 9.0))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    with clock.collecting() as spent:
+        with clock.step("outer"):
+            with clock.step("inner"):
+                pass
+        with clock.step("outer"):
+            pass
+    assert dict(spent) == {"outer": 4.0, "inner": 3.0}
+    monkeypatch.undo()
+    with clock.step("outside"):  # of a collection: nothing is kept
+        pass
+    one = Report(seconds=9.0, spent=spent)
+    both = Report.from_json((one + one).to_json())
+    assert both.spent == {"outer": 8.0, "inner": 6.0}
+    assert "9.00 s (outer 4.00, inner 3.00)" in str(one)
+    older = json.loads(one.to_json())
+    del older["spent"]
+    assert Report.from_json(json.dumps(older)).spent == {}

@@ -34,11 +34,11 @@ class Profile:
     """One way to run a step; None is what was not measured, ``failed`` why there is nothing more.
 
     ``compile_s``: the first call and any later one that compiled, ``compilations`` of them;
-    ``pass_s``: of it the time of dsv4fuse itself. ``peak``: bytes, of a step that is compiled.
+    ``pass_s``: of it dsv4fuse's own, ``spent`` by its steps. ``peak``: bytes, of a compiled step.
     ``error`` and ``median``: the largest and the middle difference from the way ``against``, of its
-    largest value, and ``same`` the share of rows with their largest value at the same place: in
-    bf16 a rounding that turns may choose another expert, and a few rows differ much.
-    ``kernels``: by name, launches and ms; on a CPU operations. ``families``: the sums of those.
+    largest value, and ``same`` the share of rows with their largest value at the same place: a
+    rounding that turns may choose another expert, and few rows differ much. ``kernels``: by name,
+    launches and ms; on a CPU operations; ``families``: their sums.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Profile:
     graph_ms: float | None = None
     compile_s: float | None = None
     pass_s: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
     compilations: int | None = None
     peak: int | None = None
     against: str = ""
@@ -116,10 +117,9 @@ def run(
         profiles.append(step.profile(wanted))
         wanted, tokens = wanted or step.outputs, tokens or step.tokens
         del step
-    sites = tuple(_kept(site) for site in report.sites)
     return Run(
         **about, options=dict(options or {}), profiles=tuple(profiles), tokens=tokens,
-        regional=regional, taken=report.counts(), sites=sites,
+        regional=regional, taken=report.counts(), sites=tuple(map(_kept, report.sites)),
     )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ class _Step:
             spent, compilations = spent + seconds, compilations + compiled
         self.found |= {"compile_s": spent, "compilations": compilations}
         if self.way == "dsv4fuse":
-            self.found["pass_s"] = self.report.seconds
+            self.found |= {"pass_s": self.report.seconds, "spent": dict(self.report.spent)}
         return values
 
     def _replay(self, call: Callable[[], Any]) -> None:

@@ -37,6 +37,7 @@ def show(runs: Sequence[Run], made_on: Mapping[str, Any], console: Console | Non
 def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
     """A name, and a cell for each way: first whether they compute the same, then the times."""
     found = run.profiles
+    steps = dict.fromkeys(step for p in found for step in p.spent)
     table = [
         ("largest difference", *map(_difference, found)),
         ("median difference", *(_cell(p.median, lambda x: f"{x:.1e}") for p in found)),
@@ -50,6 +51,7 @@ def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
         ("compiling, s", *(_number(p.compile_s, 1) if p.name != "eager" else NOTHING
                            for p in found)),
         ("  dsv4fuse's own", *(_number(p.pass_s, 1) for p in found)),
+        *((f"    {step}", *(_number(p.spent.get(step), 1) for p in found)) for step in steps),
         ("  calls that compiled", *(_cell(p.compilations or None, str) for p in found)),
         ("sites taken", *_of_ours(found, sum(run.taken.values()))),
         *((f"  {name}", *_of_ours(found, n)) for name, n in run.taken.items()),
