@@ -251,7 +251,9 @@ def _how(candidate: Candidate) -> str:
 
 def _site(candidate: Candidate, status: str, reason: str) -> Site:
     module, file, line = compat.place(candidate.root)
-    detail = {"site": candidate.site, **candidate.detail}
+    detail = {
+        "site": candidate.site, "result_bytes": select.result_bytes(candidate), **candidate.detail,
+    }  # fmt: skip
     return Site(candidate.fusion, status, module, file, line, reason, detail=detail)  # type: ignore[arg-type]
 
 

@@ -3,8 +3,8 @@
 ``kernels/<stem>.json`` holds what ``python -m dsv4fuse bench`` measured on one GPU; with
 ``select="auto"`` a site is taken where its variant was faster there at the nearest token counts.
 Where nothing was measured, and for ``select="measure"``, the site itself is timed (``measure``).
-So it is where the time hangs on more than tokens (``Fusion.varied``) and the table's is not far
-from Inductor's.
+So it is where the time hangs on more than tokens (``Fusion.varied``), or nothing was measured of
+sizes like the site's, and the table's time is not far from Inductor's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from dsv4fuse.options import Options
 
 SLOWER = 1.02  # two runs of one benchmark differ by about as much
 CLEAR = 0.7  # of Inductor's time: other sizes than those measured do not turn that round
+ALIKE = 1.3  # by so much the results for a token may differ in size, and are a model of that kind
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def measured(fusion: str) -> dict[str, Any] | None:
 def _by_table(data: dict[str, Any], candidate: Candidate) -> Verdict:
     """What was measured of the site's variant at the nearest sizes."""
     tokens = max(1, compat.hint(candidate.tokens))
-    rows = sorted(
-        (r for r in data["rows"] if r["variant"] == candidate.variant), key=lambda r: r["tokens"]
-    )
+    rows = [r for r in data["rows"] if r["variant"] == candidate.variant]
     if not rows:
         return Verdict(None)
+    rows, alike = _of_model(rows, result_bytes(candidate))
+    rows.sort(key=lambda r: r["tokens"])
     below = [r for r in rows if r["tokens"] <= tokens][-1:]
     above = [r for r in rows if r["tokens"] >= tokens][:1]
     near = [*below, *above]
@@ -91,9 +93,28 @@ def _by_table(data: dict[str, Any], candidate: Candidate) -> Verdict:
     at = f"at {worst['tokens']} tokens ({data['gpu']}, {data['date']})"
     shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": data["date"]}
     inductor, ours = worst["inductor"], worst["ours"]
-    if registry()[candidate.fusion].varied and ours > CLEAR * inductor:
+    if (registry()[candidate.fusion].varied or not alike) and ours > CLEAR * inductor:
         return Verdict(None)
     if ours > SLOWER * inductor:
         why = f"Inductor is faster here: {inductor:.2f} µs against {ours:.2f} µs {at}."
         return Verdict(False, why, shown)
     return Verdict(True, f"{ours:.2f} µs against Inductor's {inductor:.2f} {at}.", shown)
+
+
+def _of_model(
+    rows: Sequence[Mapping[str, Any]], size: float
+) -> tuple[list[Mapping[str, Any]], bool]:
+    """The rows of the model whose results are nearest in size, and whether they are alike."""
+    sizes = {r.get("model"): r.get("result_bytes") for r in rows}
+    if not size or not all(sizes.values()):
+        return list(rows), True
+    far = {model: abs(math.log(own / size)) for model, own in sizes.items()}
+    nearest = min(far, key=lambda model: far[model])
+    return [r for r in rows if r.get("model") == nearest], far[nearest] <= math.log(ALIKE)
+
+
+def result_bytes(candidate: Candidate) -> float:
+    """Bytes of results for each token; 0 where there are none but what is written to caches."""
+    values = [n.meta["val"] for n in candidate.outputs]
+    sizes = (math.prod(map(compat.hint, v.shape)) * v.element_size() for v in values)
+    return sum(sizes) / max(1, compat.hint(candidate.tokens))

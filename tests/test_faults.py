@@ -188,6 +188,26 @@ def test_a_varied_site_is_timed_unless_its_table_is_clear(monkeypatch, ours, tak
     assert select.decide(on_gpu(), Options()).take is take
 
 
+@pytest.mark.parametrize("bytes_, took", [(256.0, "flash"), (900.0, "tp8"), (64.0, None)])
+def test_a_table_speaks_for_sizes_like_its_own(monkeypatch, bytes_, took):
+    """256 bytes of results for a token; other sizes are timed unless the table is clear."""
+    known = tuple(select.measured(NAME)["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: known)
+    row = {"variant": "plain", "tokens": 4, "inductor": 10.0}
+    rows = [
+        row | {"model": "flash", "result_bytes": bytes_, "ours": 9.0},
+        row | {"model": "tp8", "result_bytes": 256.0 if took == "tp8" else 9999.0, "ours": 8.0},
+    ]
+    data = {"capability": list(known), "gpu": "", "date": "", "rows": rows}
+    monkeypatch.setattr(select, "measured", lambda fusion: data)
+    verdict = select.decide(on_gpu(), Options())
+    assert verdict.take is (True if took else None)
+    if took:
+        assert verdict.times["ours"] == (9.0 if took == "flash" else 8.0)
+    rows[0]["ours"] = 6.0
+    assert select.decide(on_gpu(), Options()).take
+
+
 def test_a_gpu_without_fp8_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ValueError, match=r"needs compute capability 8\.9, this GPU has \(8, 0\)"):

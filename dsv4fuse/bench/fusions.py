@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv4fuse.backend import dsv4fuse
+from dsv4fuse.backend import collecting, dsv4fuse
 from dsv4fuse.bench import registers
 from dsv4fuse.bench.machine import environment
 from dsv4fuse.bench.workers import Site, measure_all
 from dsv4fuse.fusion import Example, Sizes, registry
+from dsv4fuse.options import Options
+from dsv4fuse.report import Report
 from dsv4fuse.verify import said
 
 MODELS = {
@@ -48,6 +50,7 @@ class Row:
 
     ``spread`` is (largest - smallest) / median of our warm times. ``tb_s`` and ``tflops`` are
     reached by our warm time. ``eager`` is None for what cannot be captured in a CUDA graph.
+    ``result_bytes``: of the results for each token, by which sites know rows of their own sizes.
     ``kernels`` are ours as they were launched, with registers and spills; of older files, none.
     """
 
@@ -66,6 +69,7 @@ class Row:
     tb_s: float = 0.0
     tflops: float = 0.0
     kernels: tuple[registers.Kernel, ...] = ()
+    result_bytes: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -95,9 +99,11 @@ def measure(
     made = example(name, variant, model, tokens)
     with torch.no_grad():
         fused, plain = both_ways(name, made)
-        with registers.collected() as kernels:
+        with registers.collected() as kernels, collecting(report := Report()):
             # Cloned: a cache that is returned will be eager's.
             found = [t.clone() for t in _tensors(fused(*made.inputs))]
+        report.check(Options(expect={name: 1}))
+        (site,) = report.with_status("taken")
         plain(*made.inputs)
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
         with turn:  # also what is not timed, for it keeps the GPU busy for long
@@ -109,7 +115,7 @@ def measure(
     return Row(
         name, variant, model, tokens, theirs, middle, floor(made, torch.cuda.get_device_name()),
         agrees, unfused, *colds, (max(times) - min(times)) / middle, made.moved / middle / 1e6,
-        made.flops / middle / 1e6, tuple(kernels),
+        made.flops / middle / 1e6, tuple(kernels), site.detail["result_bytes"],
     )  # fmt: skip
 
 
