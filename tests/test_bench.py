@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dsv4fuse.__main__ import app
 from dsv4fuse.bench import fusions as bench
-from dsv4fuse.bench import workers
+from dsv4fuse.bench import fusions_table, workers
 from dsv4fuse.fusion import Example, registry
 from dsv4fuse.report import FusionError
 
@@ -39,7 +39,7 @@ def run(*arguments):
 def machine(monkeypatch):
     """A GPU that is not there: each site takes 4 and 2 µs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "environment", lambda: MADE_ON)
+    monkeypatch.setattr(fusions_table, "environment", lambda: MADE_ON)
     calls = []
 
     def measure(fusion, variant, model, tokens):
@@ -196,7 +196,7 @@ def test_compiled_ahead_on_a_gpu(checkout, tmp_path):
 
 
 def test_progress_counts_every_row(machine):
-    steps = []
-    rows, _ = bench.run([NAMES[0]], ["flash", "pro"], [1, 64], None, lambda *s: steps.append(s))
+    steps, show = [], lambda *step: steps.append(step)
+    rows, _ = fusions_table.run([NAMES[0]], ["flash", "pro"], [1, 64], None, show)
     assert len(steps) == len(rows) and {total for _, total in steps} == {len(rows)}
     assert steps[0][0].startswith(f"{NAMES[0]} (") and steps[0][0].endswith("1 tokens")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from dsv4fuse.factory import FactoryError, arguments, build, parse_options
 from dsv4fuse.options import OptionError
@@ -113,6 +114,7 @@ def _fusions(
         fail("There is no GPU here: the benchmark times Triton kernels.", 2)
     try:
         from dsv4fuse.bench import fusions as timing
+        from dsv4fuse.bench import fusions_table
     except ImportError as error:
         fail(f"The benchmark needs Triton: {error}.", 2)
     counts = token_counts(fusions, models, tokens or "1,64,1024,8192", timing.MODELS)
@@ -122,8 +124,8 @@ def _fusions(
     else:
         path = pathlib.Path(json_path) if json_path else None
         with progress() as advance:
-            rows, wrong = timing.run(fusions, models, counts, path, advance, workers)
-        made_on = timing.environment()
+            rows, wrong = fusions_table.run(fusions, models, counts, path, advance, workers)
+        made_on = fusions_table.environment()
     if plot:
         from dsv4fuse.bench import fusions_plot as pictures
 
@@ -172,7 +174,7 @@ def kernels(
             )
     except RuntimeError as error:
         fail(str(error), 2)
-    timing.Console().print(built.table(found, capability))
+    Console().print(built.table(found, capability))
     if json_file:
         built.save(found, pathlib.Path(json_file), capability)
     said = built.wrong(found, capability)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -19,19 +19,15 @@ from typing import Any
 import torch
 import triton
 import triton.testing
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dsv4fuse.backend import collecting, dsv4fuse
 from dsv4fuse.bench import registers
-from dsv4fuse.bench.machine import environment
-from dsv4fuse.bench.workers import Site, measure_all
 from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.options import Options
 from dsv4fuse.report import Report
-from dsv4fuse.verify import said
 
+Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
 MODELS = {
     "flash": Sizes(),
     "pro": Sizes(heads=128, groups=16, inter=3072, experts=384),
@@ -184,75 +180,6 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
     error = 2 * torch.finfo(a.dtype).eps + slack
     largest = x.abs().where(x.isfinite(), 0).amax(-1, keepdim=True)
     return bool(((x == y) | ((x - y).abs() <= error * largest)).all())
-
-
-def run(
-    names: Sequence[str], models: Sequence[str], tokens: Iterable[int], path: pathlib.Path | None,
-    progress: Callable[[str, int], None] = lambda text, total: None, workers: int = 1,
-) -> tuple[list[Row], list[str]]:  # fmt: skip
-    """Measures and prints; (rows, what went wrong in words). Writes JSON to ``path`` (``save``),
-    after each row, so that a run that is cut short has what it has measured.
-
-    ``progress`` is called before each row with its name and the number of all steps. More than one
-    of ``workers``: so many processes compile all rows before the first is timed, a step each.
-    """
-    console, rows, wrong = Console(), list[Row](), list[str]()
-    made_on, sites = environment(), list(_sites(names, models, tokens))
-    steps = len(sites) * (2 if workers > 1 else 1)
-    shown = lambda text: progress(text, steps)  # noqa: E731
-    found = measure_all(sites, workers, shown) if workers > 1 else _one_by_one(sites, shown)
-    for (name, variant, model, t), row in found:
-        if isinstance(row, Exception):  # one that cannot run does not hold up the others
-            wrong.append(f"{name} ({variant}) of {model} at {t} tokens: {said(row)}.")
-            continue
-        rows.append(row)
-        if path is not None:
-            save(rows, path, made_on)
-        if not row.agrees:
-            wrong.append(f"{name} ({variant}) of {model} at {t} tokens differs from eager.")
-    for model in models:
-        table = Table(*TITLES, title=model)
-        for row in rows:
-            if row.model == model:
-                table.add_row(*_cells(row))
-        console.print(table)
-    return rows, wrong
-
-
-def _one_by_one(
-    sites: Iterable[Site], progress: Callable[[str], None]
-) -> Iterator[tuple[Site, Row | Exception]]:
-    for site in sites:
-        progress(f"{site[0]} ({site[1]}), {site[3]} tokens")
-        try:
-            yield site, measure(*site)
-        except Exception as error:
-            yield site, error
-
-
-def _sites(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:
-    """Each variant of each fusion at each number; a fusion without examples has none."""
-    counts = list(tokens)
-    for model in models:
-        for name in names or registry():
-            yield from ((name, v, model, t) for v in registry()[name].examples for t in counts)
-
-
-TITLES = ("fusion", "variant", "tokens", "eager µs", "Inductor µs", "ours µs", "± %", "ratio",
-          "floor µs", "TB/s", "TFLOP/s", "cold: Inductor µs", "ours µs",
-          "kernels ×warps: registers")  # fmt: skip
-
-
-def _cells(row: Row) -> list[str]:
-    def number(x: float | None) -> str:
-        return "?" if x is None else f"{x:.2f}"
-
-    return [
-        row.fusion + " WRONG" * (not row.agrees), row.variant, str(row.tokens), number(row.eager),
-        number(row.inductor), number(row.ours), f"{100 * row.spread:.0f}", number(row.ratio),
-        number(row.floor), number(row.tb_s), number(row.tflops) if row.tflops else "",
-        number(row.inductor_cold), number(row.ours_cold), "\n".join(map(str, row.kernels)),
-    ]  # fmt: skip
 
 
 def save(rows: Sequence[Row], path: pathlib.Path, made_on: dict[str, object]) -> None:

@@ -11,16 +11,14 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from dsv4fuse.bench import fusions
+from dsv4fuse.bench.fusions import Row, Site
 from dsv4fuse.verify import said
 
-if TYPE_CHECKING:
-    from dsv4fuse.bench.fusions import Row
-
-Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
 log = logging.getLogger(__name__)
 AT_ONCE = 3  # that measure: one is timed, others load what they will run
 _turn: Any = None  # in a worker, the lock that the one who times holds
@@ -31,8 +29,6 @@ def measure_all(
     sites: Sequence[Site], workers: int, progress: Callable[[str], None]
 ) -> Iterator[tuple[Site, Row | Exception]]:
     """Each site's row, in their order, or what went wrong. ``progress``: twice for each."""
-    from dsv4fuse.bench import fusions
-
     context = multiprocessing.get_context("spawn")
     given = context.Lock(), context.Semaphore(AT_ONCE)
     with ProcessPoolExecutor(
@@ -79,8 +75,6 @@ def _prepare(turn: Any, seat: Any) -> None:
 
 
 def _compile(site: Site) -> Exception | None:
-    from dsv4fuse.bench import fusions
-
     name, variant, model, tokens = site
 
     def run() -> None:
@@ -93,8 +87,6 @@ def _compile(site: Site) -> Exception | None:
 
 
 def _measure(site: Site) -> Row | Exception:
-    from dsv4fuse.bench import fusions
-
     with _seat:
         return _tried(lambda: fusions.measure(*site, turn=_turn))
 
