@@ -151,10 +151,10 @@ def test_another_thread_compiles_meanwhile():
 # ---- machines ---------------------------------------------------------------------------------
 
 
-def on_gpu(**changes) -> Candidate:
+def on_gpu(width: int = 128, **changes) -> Candidate:
     """A candidate on a GPU that is not there, of a fusion with measurements."""
     with FakeTensorMode():
-        value = torch.empty(4, 128, dtype=torch.bfloat16, device="cuda")
+        value = torch.empty(4, width, dtype=torch.bfloat16, device="cuda")
     graph = torch.fx.Graph()
     node = graph.placeholder("x")
     node.meta["val"] = value
@@ -171,7 +171,7 @@ def test_a_gpu_that_nothing_was_measured_on(monkeypatch, capability):
     assert select.decide(on_gpu(), Options(select="always")).take
     known = tuple(select.measured(NAME)["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: known)
-    assert select.decide(on_gpu(), Options()).take is not None
+    assert select.decide(on_gpu(Sizes().inter), Options()).take is not None
 
 
 @pytest.mark.parametrize("ours, take", [(6.9, True), (7.1, None), (11.0, None)])

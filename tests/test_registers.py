@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv4fuse.bench import fusions as bench
-from dsv4fuse.bench import registers
+from dsv4fuse.bench import fusions_table, registers
 from dsv4fuse.bench.registers import Kernel
 
 
@@ -65,8 +65,8 @@ def test_they_are_kept_and_shown(tmp_path):
     row = bench.Row("moe_router", "topk", "flash", 1, 4.0, 2.0, None, True, kernels=(kernel,))
     bench.save([row], tmp_path / "x.json", {"gpu": "a GPU"})
     assert bench.load(tmp_path / "x.json")[0] == [row]
-    assert bench._cells(row)[-1] == "moe_router_kernel ×8: 64 + 4 spilled"
-    assert len(bench._cells(row)) == len(bench.TITLES)
+    assert fusions_table._cells(row)[-1] == "moe_router_kernel ×8: 64 + 4 spilled"
+    assert len(fusions_table._cells(row)) == len(fusions_table.TITLES)
 
 
 @pytest.mark.gpu

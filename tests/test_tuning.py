@@ -10,7 +10,7 @@ from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from dsv4fuse.kernels._common import Config
 
-from dsv4fuse import Report, backend, tuning
+from dsv4fuse import Report, backend, tuning, verify
 from dsv4fuse.fusion import Sizes, registry
 
 TABLE = ((4, Config(1, 1, 128)), (8, Config(2, 1, 128)), (None, Config(1, 2, 128)))
@@ -38,7 +38,8 @@ def timed(monkeypatch):
     monkeypatch.setattr(common, "launch_config", chosen)
     monkeypatch.setattr(tuning.measure, "replayed", replayed)
     monkeypatch.setattr(tuning, "_on_gpu", lambda candidate: True)
-    monkeypatch.setattr(tuning, "_known", {})
+    tuning.forget()
+    verify.forget()
     return launched, spent
 
 
@@ -69,6 +70,16 @@ def test_the_fastest_shape_is_used(timed, times, best):
     tried = len(launched)
     fused()  # known by now, and checked
     assert len(launched) == tried + 1
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="on a CPU nothing is launched")
+def test_a_shape_is_checked_though_the_site_was(timed):
+    """A site that was checked with the table's shape is checked again with another."""
+    launched, spent = timed
+    spent.update({shape: us for (_, shape), us in zip(TABLE, (3.0, 1.0, 2.0), strict=True)})
+    fused(autotune=False)
+    fused()
+    assert launched[-2] == TABLE[1][1]
 
 
 def test_it_is_asked_for(timed, monkeypatch):
