@@ -95,8 +95,11 @@ def trace(
     env = next((n.node.shape_env for n in sizes), None)
     with outside_compilation(), FakeTensorMode(shape_env=env):
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
-        traced = make_fx(dispatch_functionalize(fn), select_decomp_table(), tracing_mode="real")
-        graph = traced(*fakes).graph
+        table = select_decomp_table()
+        graph = make_fx(fn, table, tracing_mode="real")(*fakes).graph
+        # To make it functional takes as long again, and changes nothing where nothing is written.
+        if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph.nodes):
+            graph = make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes).graph
     # Each module is a class of its own, and every trace sets methods on nn.Module, which costs in
     # proportion to the classes alive: references are kept for the life of the process.
     if not any(n.op == "get_attr" for n in graph.nodes):

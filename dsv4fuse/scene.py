@@ -121,6 +121,7 @@ class Scene:
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
         self._contents: dict[Term, frozenset[str | torch.dtype]] = {}
         self._able: dict[frozenset[str], list[fx.Node]] = {}
+        self._behind: dict[frozenset[fx.Node], Scene] = {}
         self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         # In the graph's order no read goes deeper than one node: residual streams chain all layers.
         self._shown: dict[Term, list[fx.Node]] = defaultdict(list)
@@ -131,6 +132,13 @@ class Scene:
                 self._shown[term].append(node)
                 earlier = next(self.alike(node), node)
                 self.low.same[node] = self.low.same.get(earlier, node)
+
+    def behind(self, leaves: Iterable[fx.Node]) -> Scene:
+        """The same graph with these leaves."""
+        key = frozenset(leaves)
+        if key not in self._behind:
+            self._behind[key] = Scene(self.graph, key)
+        return self._behind[key]
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
         """The atom at a node, in the first of its specs that fits."""

@@ -136,7 +136,7 @@ def sites(scene: Scene) -> tuple[Scene, list[Site]]:
     all that is made of them, to pieces. The sites hold in the scene that is returned."""
     if scene not in _seen:
         joined = (n for n in scene.nodes if n.target is aten.cat.default and not _adds_one(n))
-        view = Scene(scene.graph, frozenset(joined))
+        view = scene.behind(joined)
         _seen[scene] = view, _sites(view)
         scene.misses += view.misses
     return _seen[scene]

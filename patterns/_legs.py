@@ -20,7 +20,7 @@ from dsv4fuse.writes import Write
 
 from ._bytes import Packing, packing
 from ._parts import Parts, parts_of
-from ._turns import Turn
+from ._turns import Turn, rotated
 
 NO_TURNS: Mapping[fx.Node, Turn] = MappingProxyType({})
 
@@ -112,11 +112,8 @@ def leg_of(
 
 
 def fp4_of(scene: Scene, rows: list[fx.Node]) -> dict[fx.Node, Hit]:
-    """The quantisers to fp4 of whole rows, by those rows.
-
-    A turned row is made of pieces; what quantises it is looked for behind the whole of it.
-    """
-    fakes = Scene(scene.graph, rows).outermost(FAKE_QUANT) if rows else []
+    """The quantisers to fp4 of whole rows, by those rows."""
+    fakes = rotated(scene).outermost(FAKE_QUANT) if rows else []
     return {h.x.node: h for h in fakes if "fp4" in h.arguments and h.x.node in rows}
 
 

@@ -23,7 +23,7 @@ from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import FAKE_QUANT, ROPE, code_distance
 
-from ._turns import Turn, turns
+from ._turns import Turn, rotated, turns
 
 NAME = "indexer_q"
 
@@ -33,10 +33,8 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     ropes = [(h, order) for h in scene.outermost(ROPE) if (order := _order(h))]
     turned = turns(scene) if ropes else {}
     ends = {h.node: turned[h.node].node if h.node in turned else h.node for h, _ in ropes}
-    # A rotated value is made of pieces; its quantiser is looked for behind the whole of it.
-    behind = Scene(scene.graph, ends.values())
-    quants = quantised(behind) if ropes else []
-    fakes = behind.outermost(FAKE_QUANT) if ropes else []
+    quants = quantised(rotated(scene)) if ropes else []
+    fakes = rotated(scene).outermost(FAKE_QUANT) if ropes else []
     found = []
     for hit, order in ropes:
         turn, last = turned.get(hit.node), ends[hit.node]

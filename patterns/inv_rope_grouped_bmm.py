@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from dsv4fuse.patterns._grouped import F32, Rows, rows_of, weights
 from dsv4fuse.patterns._grouped_ways import DEQUANTISE, NAME, Site, strategy_of, tokens_of
+from dsv4fuse.patterns._turns import rotated
 from torch import Tensor, fx
 
 from dsv4fuse import atoms, maps
@@ -41,11 +42,12 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     turned = [(h, o) for h in scene.outermost(INVERSE_ROPE) if (o := _seats(h)) is not None]
     if not turned:
         return []
-    quants = quantised(scene)
+    view = rotated(scene)
+    quants = quantised(view)
     found = []
-    for node in scene.nodes:
+    for node in view.nodes:
         if node.target in (aten.mm.default, aten.bmm.default):
-            sites = (_sites(scene, out, turned, quants) for out in _shown(node))
+            sites = (_sites(view, out, turned, quants) for out in _shown(node))
             ways = next((w for s in sites if (w := list(s))), None)
             if ways is not None:
                 found.append(_fastest(ways, numerics))
@@ -103,10 +105,10 @@ def _heads(
 ) -> Iterator[tuple[Rows, Quantised | None, bool]]:  # fmt: skip
     """How a factor is the turned heads: themselves, or through fp8 (and then rounded or not)."""
     shape, dtype = maps.sizes_of(hit.node.meta["val"]), hit.node.meta["val"].dtype
-    for plain in _unwidened(scene, term, dtype):
-        for node, m in scene.places(plain, product.space):
-            if node is hit.node and (rows := rows_of(product, m, shape, order)):
-                yield rows, None, False
+    plain = term.args[0] if term.op == "cast" and widens(dtype, term.dtype) else term
+    for node, m in scene.places(plain, product.space):
+        if node is hit.node and (rows := rows_of(product, m, shape, order)):
+            yield rows, None, False
     rounded = term.op == "cast" and term.dtype == dtype
     wide = term.args[0] if rounded else term
     if wide.op != "mul" or wide.dtype != F32:
@@ -117,18 +119,6 @@ def _heads(
                 rows = _through(scene, product, codes, scale, quant, hit, order)
                 if rows is not None:
                     yield rows, quant, rounded
-
-
-def _unwidened(scene: Scene, term: Term, dtype: torch.dtype) -> Iterator[Term]:
-    """What may stand in front of a cast to fp32: of a value in pieces, each piece has its own."""
-    if term.op == "cast" or not widens(dtype, term.dtype):
-        yield term.args[0] if term.op == "cast" and widens(dtype, term.dtype) else term
-        return
-    for node, m in list(scene.low.origins[term]):
-        if node.target is torch.ops.prims.convert_element_type.default:
-            source = scene.low.read(node.args[0], m)
-            if isinstance(source, Term):
-                yield source
 
 
 def _through(

@@ -21,6 +21,8 @@ from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import CODES, INVERSE_ROPE
 
+from ._turns import rotated
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -34,7 +36,7 @@ class Grouped:
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     turned = scene.outermost(INVERSE_ROPE)
-    quants = quantised(scene) if turned else []
+    quants = quantised(rotated(scene)) if turned else []
     found = []
     for hit in turned:
         order = head_order(hit.x, hit.cos, lone="heads")

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsv4fuse
-from dsv4fuse import compat
+from dsv4fuse import compat, pipeline, trace
+from dsv4fuse.fusion import Sizes, registry
+from dsv4fuse.options import Options
+from dsv4fuse.scene import Scene
+
+from .generate._graphs import traced
 
 config = torch._inductor.config
 VERSION = tuple(int(v) for v in torch.__version__.split(".")[:2])
@@ -144,6 +151,38 @@ def test_a_reference_is_traced_to_functional_aten_without_computing():
     targets = {n.target for n in graph.nodes if n.op == "call_function"}
     assert not any(t._schema.is_mutable for t in targets)
     assert torch.ops.aten.slice_scatter.default in targets
+
+
+def test_what_writes_nothing_is_traced_as_if_made_functional(monkeypatch):
+    """Each reference that is looked for in the fusions' own sequences: the same graph either way."""
+    short, long = [], []
+
+    def nodes(graph):
+        place = {n: i for i, n in enumerate(graph.nodes)}
+        return [
+            (n.op, n.target, fx.node.map_arg((n.args, n.kwargs), place.get), n.meta.get("val"))
+            for n in graph.nodes
+        ]
+
+    def both(fn, inputs, traced=compat.trace):
+        short.append(traced(fn, inputs))
+        with FakeTensorMode():
+            fakes = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
+            made = make_fx(compat.dispatch_functionalize(fn), compat.select_decomp_table())
+            long.append(made(*fakes).graph)
+        return short[-1]
+
+    trace.pattern.cache_clear()
+    monkeypatch.setattr(compat, "trace", both)
+    sizes = Sizes(heads=16, groups=2, inter=256)
+    for fusion in registry().values():
+        for make in fusion.examples.values():
+            made = make(3, sizes, "cpu")
+            with torch.no_grad():
+                pipeline.candidates(Scene(traced(made.fn, made.inputs).graph), Options())
+    assert len(short) > 50
+    for a, b in zip(short, long, strict=True):
+        assert repr(nodes(a)) == repr(nodes(b))
 
 
 def test_a_reference_runs_as_graphs_are_spelled(monkeypatch):

@@ -45,9 +45,7 @@ def in_groups(hand: Hand) -> Site:
         return (codes.flatten(-2), scales.squeeze(-1)) if flat else (codes, scales)
 
     x = hand.tensor("x", b, s, h, dim, dtype=dtype)
-    # A block that is a whole head is read as the pieces of the head, and the quantiser is not seen.
-    parts = ("fp8 quant",) if dim != BLOCK else ()
-    return hand.site(NAME, fn, (x, *tables(b, s, 1)), ONE, parts=parts)
+    return hand.site(NAME, fn, (x, *tables(b, s, 1)), ONE, parts=("fp8 quant",))
 
 
 FAMILIES = {"turned back": turned_back, "in groups": in_groups}

@@ -28,15 +28,15 @@ def back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def inputs(
     *lead: int, table: tuple[int, ...], dtype: torch.dtype = BF16, tables: Any = FP32,
-    e4m3: bool = False, groups: int = GROUPS,
+    e4m3: bool = False, groups: int = GROUPS, dim: int = DIM,
 ) -> Callable[[], tuple[Tensor, ...]]:  # fmt: skip
     """o, cos and sin (or for tables None the frequencies), the weights ``[G·N, K]`` as on disk."""
 
     def make(draw: Draw | None = None) -> tuple[Tensor, ...]:
         draw = draw or Draw()
-        x, (cos, sin) = draw(*lead, DIM, dtype=dtype), draw.angles(*table, ROPE // 2)
+        x, (cos, sin) = draw(*lead, dim, dtype=dtype), draw.angles(*table, ROPE // 2)
         turn = (torch.complex(cos, sin),) if tables is None else (cos.to(tables), sin.to(tables))
-        k = HEADS // groups * DIM
+        k = HEADS // groups * dim
         w = draw(groups * N, k, dtype=FP32, scale=0.1)
         if not e4m3:
             return x, *turn, w.to(dtype)
@@ -231,7 +231,7 @@ def _simulated(y: Tensor, pieces: dict[str, Any], lead: int = 2) -> Tensor:
 
 def _fp8(wide: Fn = _blocks, **pieces: Any) -> Fn:
     return lambda x, c, s, w, ws: torch.einsum(
-        "bsgd,grd->bsgr", _simulated(back(x, c, s), pieces), wide(w, ws).view(G, N, K)
+        "bsgd,grd->bsgr", _simulated(back(x, c, s), pieces), wide(w, ws).view(G, N, -1)
     ).to(x.dtype)
 
 
@@ -240,6 +240,10 @@ SPELLINGS |= {
     "fp8: repeat_interleave": _case(_fp8(_repeated), usual(e4m3=True), "fp8 quant → projection"),
     "fp8: powers of two": _case(
         _fp8(**_quants.VARIANTS["pow2_methods"]), usual(e4m3=True), "fp8 quant → projection"
+    ),
+    "fp8: a block is a head": _case(
+        _fp8(),
+        usual(e4m3=True, dim=BLOCK), "fp8 quant → projection",
     ),
     "fp8: quantised head by head": _case(
         lambda x, c, s, w, ws: EINSUM(

@@ -133,6 +133,9 @@ SPELLINGS |= {
     "quant: per head": _case(
         lambda x, c, s: _quants.quantise(_back(x, c, s), BLOCK), None, "in 4 groups"
     ),
+    "quant: a block is a head": _case(
+        lambda x, c, s: grouped(_back(x[..., -BLOCK:], c, s)), None, "fp8 quant in 2 groups"
+    ),
     "quant: scales groups first": _case(
         lambda x, c, s: (lambda q, t: (q, t.permute(2, 3, 0, 1)))(*grouped(_back(x, c, s))),
         None,
