@@ -98,7 +98,8 @@ def trace(
         table = select_decomp_table()
         graph = make_fx(fn, table, tracing_mode="real")(*fakes).graph
         # To make it functional takes as long again, and changes nothing where nothing is written.
-        if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph.nodes):
+        operations = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+        if any(op._schema.is_mutable for op in operations):
             graph = make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes).graph
     # Each module is a class of its own, and every trace sets methods on nn.Module, which costs in
     # proportion to the classes alive: references are kept for the life of the process.

@@ -154,7 +154,7 @@ def test_a_reference_is_traced_to_functional_aten_without_computing():
 
 
 def test_what_writes_nothing_is_traced_as_if_made_functional(monkeypatch):
-    """Each reference that is looked for in the fusions' own sequences: the same graph either way."""
+    """Each reference that is looked for in the fusions' own sequences: one graph either way."""
     short, long = [], []
 
     def nodes(graph):
