@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
+from dsv4fuse import maps
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Atom, Hit, Scene
 from dsv4fuse.specs import CODES, SCALES
@@ -37,10 +38,26 @@ class Quantised:
         own = (self.codes.node, *(s.node for s in self.scales))
         return (*own, *(twin for twin, _ in self.again))
 
+    @property
+    def shape(self) -> list[int | SymInt]:
+        """Of the value, with the codes' own leading axes."""
+        shape = [*self.codes.node.meta["val"].shape]
+        return [*shape[:-2], shape[-2] * shape[-1]] if self.codes.arguments["blocked"] else shape
+
+    def reshapes(self, scene: Scene, node: fx.Node) -> bool:
+        """Is the value a reshape of node's?"""
+        shape = tuple(map(maps.as_size, self.shape))
+        own = maps.identity(shape)
+        rows = (maps.ZERO if axis is None else own[axis] for axis in self.x.rows)
+        whole = maps.reshape(own, shape, maps.sizes_of(node.meta["val"]))
+        if whole is None or not self.x.laned:
+            return False
+        return scene.low.read(self.x.node, (*rows, own[-1])) is scene.low.read(node, whole)
+
     def made_by(self, scene: Scene, atom: Atom) -> Hit | None:
         """The atom that made the value, in the codes' own leading axes or before they were one."""
-        x, lead = self.x, self.codes.node.meta["val"].dim() - 1 - self.codes.arguments["blocked"]
-        if not x.laned or any(r not in (None, axis) for axis, r in enumerate(x.rows)):
+        x, lead = self.x, len(self.shape) - 1
+        if not x.laned or not x.straight:
             return None
         found = (scene.hit(atom, n) for n in scene.reshapes(x.node) if _lanes(n) == _lanes(x.node))
         fitting = (h for h in found if h and (h.node is x.node or lead == 1))
@@ -48,8 +65,7 @@ class Quantised:
 
     def lead(self, lead: Sequence[int]) -> list[int]:
         """The leading axes of the codes, of a value that has these."""
-        own = self.codes.node.meta["val"].dim() - 1 - self.codes.arguments["blocked"]
-        return list(lead) if len(lead) == own else [math.prod(lead)]
+        return list(lead) if len(lead) == len(self.shape) - 1 else [math.prod(lead)]
 
     def shaped(self, codes: Tensor, scales: Tensor, shape: list[int]) -> tuple[Tensor, ...]:
         """A kernel's codes and scales as ``outputs`` hold them; ``shape`` is the value's own."""
@@ -114,6 +130,6 @@ def _scales(scene: Scene, codes: Hit, region: set[fx.Node]) -> list[Hit]:
         if hit is None or hit.env.scalars != codes.env.scalars:
             continue
         same = all(hit.arguments[k] == codes.arguments[k] for k in alike)
-        if same and hit.x.node is codes.x.node:
+        if same and hit.x == codes.x:
             found.append(hit)
     return found

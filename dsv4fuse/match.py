@@ -32,6 +32,11 @@ class Bound:
     part: str = ""  # "re" or "im" of a complex node
     laned: bool = True  # the last axis of the node (of a hole [rows, W, lanes] two) holds lanes
 
+    @property
+    def straight(self) -> bool:
+        """Are its leading axes the root's, each in its place?"""
+        return all(r in (None, axis) for axis, r in enumerate(self.rows))
+
 
 @dataclass(frozen=True)
 class Hole:

@@ -63,7 +63,7 @@ def packing(
 
 def _packs(scene: Scene, root: fx.Node, quant: Quantised, pieces: list[fx.Node]) -> bool:
     """Are the pieces root's codes, the lanes behind them, their scales and zeros?"""
-    if len(pieces) not in (3, 4) or quant.arguments["scale"] != "pow2":
+    if len(pieces) not in (3, 4) or quant.arguments["scale"] != "pow2" or not quant.x.straight:
         return False
     width, group = root.meta["val"].shape[-1], quant.arguments["group"]
     nope = quant.x.node.meta["val"].shape[-1]
@@ -116,7 +116,7 @@ def _scale_bytes(scene: Scene, node: fx.Node, quant: Quantised) -> bool:
         narrow.meta["val"].dtype == torch.float8_e8m0fnu
         and scales is not None
         and not scales.arguments["keepdim"]
-        and scales.x.node is codes.x.node
+        and scales.x == codes.x
         and scales.env.scalars == codes.env.scalars
         and all(scales.arguments[k] == codes.arguments[k] for k in ("group", "scale", "via"))
     )

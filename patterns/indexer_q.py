@@ -19,7 +19,6 @@ from dsv4fuse import atoms
 from dsv4fuse.chains import Quantised, divides_by_product, quantised
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.layout import Order, arrange, head_order, token_count
-from dsv4fuse.match import Bound
 from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import FAKE_QUANT, ROPE, code_distance
 
@@ -39,7 +38,7 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     for hit, order in ropes:
         turn, last = turned.get(hit.node), ends[hit.node]
         quant = next((q for q in quants if _whole(q, last)), None)
-        fake = next((f for f in fakes if f.x.node is last and _plain(f.x)), None)
+        fake = next((f for f in fakes if f.x.node is last and f.x.straight), None)
         if fake and quant and not scene.live_without(quant.codes.node, [fake.node]):
             quant = None
         if turn or quant or fake:
@@ -58,16 +57,12 @@ def _order(hit: Hit) -> Order | None:
     return order if held == sorted(held) and all(n == 1 for n in rest) else None
 
 
-def _plain(x: Bound) -> bool:
-    return all(r is None or r == i for i, r in enumerate(x.rows))
-
-
 def _whole(quant: Quantised, node: fx.Node) -> bool:
     """Are these the codes of this value, as it lies there?"""
     codes, value = quant.codes.node.meta["val"], node.meta["val"]
     blocked = bool(quant.codes.arguments["blocked"])
     same = codes.dim() == value.dim() + blocked and codes.dtype == atoms.FP8
-    return same and quant.x.node is node and _plain(quant.x)
+    return same and quant.x.node is node and quant.x.straight
 
 
 def _candidate(

@@ -36,24 +36,24 @@ class Grouped:
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     turned = scene.outermost(INVERSE_ROPE)
-    quants = quantised(rotated(scene)) if turned else []
+    view = rotated(scene)
+    quants = quantised(view) if turned else []
     found = []
     for hit in turned:
         order = head_order(hit.x, hit.cos, lone="heads")
         if order is None:
             found.append(undecided("inv_rope_quant", hit))
             continue
-        grouped = next((g for q in quants if (g := _grouped(scene, hit, q, order))), None)
+        grouped = next((g for q in quants if (g := _grouped(view, hit, q, order))), None)
         found.append(_candidate(hit, order, grouped, numerics))
     return found
 
 
 def _grouped(scene: Scene, hit: Hit, quant: Quantised, order: Order) -> Grouped | None:
     """Is the quantised tensor the rotated one, heads merged into the lanes of groups?"""
-    node = quant.x.node
     if len(order) != 3 or order[2] is None:
         return None
-    shape, turned = node.meta["val"].shape, hit.node.meta["val"].shape
+    shape, turned = quant.shape, hit.node.meta["val"].shape
     heads, dim = turned[order[2]], turned[-1]
     width = shape[-1]
     if not all(isinstance(v, int) for v in (heads, dim, width)) or width % dim:
@@ -65,7 +65,7 @@ def _grouped(scene: Scene, hit: Hit, quant: Quantised, order: Order) -> Grouped 
     lead = [turned[a] for a in range(len(turned) - 1) if a != order[2]]
     axis = groups > 1 or len(shape) == len(lead) + 2
     merged = [*lead, *([groups] if axis else []), width]
-    same = scene.reshaped(node, hit.node) and [str(s) for s in shape] == [str(s) for s in merged]
+    same = [str(s) for s in shape] == [str(s) for s in merged] and quant.reshapes(scene, hit.node)
     return Grouped(quant, groups, axis) if same else None
 
 

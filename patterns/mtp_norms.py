@@ -64,8 +64,8 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
 
 def _in_order(norm: Hit) -> bool:
     """Does the norm read its rows in its own order, no axis of them broadcast?"""
-    rows, shapes = norm.x.rows, [maps.sizes_of(n.meta["val"]) for n in (norm.node, norm.x.node)]
-    return shapes[0] == shapes[1] and all(r in (None, axis) for axis, r in enumerate(rows))
+    own, read = (maps.sizes_of(n.meta["val"]) for n in (norm.node, norm.x.node))
+    return own == read and norm.x.straight
 
 
 def _meetings(norm: fx.Node) -> Iterator[tuple[fx.Node, bool]]:

@@ -81,6 +81,15 @@ def grouped(o: Tensor, lead: int = 2, **pieces: Fn) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), s.squeeze(-1)
 
 
+def _merged(o: Tensor) -> Tensor:
+    return o.reshape(*o.shape[:2], GROUPS, -1)
+
+
+def _turned_about(y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of y, and of y with its first two axes exchanged."""
+    return [_quants.quantise(t, BLOCK) for t in (y, y.transpose(0, 1))]
+
+
 def _quant(lead: int = 2, **pieces: Fn) -> Fn:
     return lambda x, cos, sin: grouped(_back(x, cos, sin), lead, **pieces)
 
@@ -136,6 +145,11 @@ SPELLINGS |= {
     "quant: a block is a head": _case(
         lambda x, c, s: grouped(_back(x[..., -BLOCK:], c, s)), None, "fp8 quant in 2 groups"
     ),
+    "quant: of one row": _case(
+        lambda x, c, s: grouped(_back(x, c, s).view(-1).view(1, 1, H, DIM)),
+        inputs(1, 1, H, table=(1, 1, 1)),
+        "fp8 quant in 2 groups",
+    ),
     "quant: scales groups first": _case(
         lambda x, c, s: (lambda q, t: (q, t.permute(2, 3, 0, 1)))(*grouped(_back(x, c, s))),
         None,
@@ -179,6 +193,19 @@ MUTANTS |= {
         None,
         "nverse rope",
         absent=("quant",),
+        like=SPELLINGS["quant: default"],
+    ),
+    "quant: tokens in another order": _case(
+        lambda x, c, s: _turned_about(_merged(_back(x, c, s)))[1],
+        inputs(S, S, H, table=(S, S, 1)),
+        "nverse rope",
+        absent=("quant",),
+        like=SPELLINGS["quant: default"],
+    ),
+    "quant: scales of tokens in another order": _case(
+        lambda x, c, s: [q[i] for i, q in enumerate(_turned_about(_merged(_back(x, c, s))))],
+        inputs(S, S, H, table=(S, S, 1)),
+        "nverse rope",
         like=SPELLINGS["quant: default"],
     ),
     "quant: of the input": _case(
