@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 # The models of transformers are tested in two versions: the pinned one, and this one beside it.
 ALT := .venv-alt
-ALT_TRANSFORMERS := 5.23.0
+ALT_TRANSFORMERS := 5.24.0
 ALT_STAMP := $(ALT)/.stamp-$(ALT_TRANSFORMERS)
 # loadgroup: tests that share a costly set-up (a built wheel) stay in one process.
 PYTEST := DSV4FUSE_TRANSFORMERS_ALT=$(ALT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

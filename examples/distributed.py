@@ -115,7 +115,10 @@ class Transformers:
         if dist.get_rank() == 0:
             self.whole.save_pretrained(folder[0])
         dist.barrier()
-        plan = DistributedConfig(tp_size=dist.get_world_size(), enable_expert_parallel=True)
+        world = dist.get_world_size()
+        named = "ep_size" in DistributedConfig.__dataclass_fields__  # from 5.21 on
+        experts = {"ep_size": world} if named else {"enable_expert_parallel": True}
+        plan = DistributedConfig(tp_size=world, **experts)
         dtype = self.args.dtype
         model = type(self.whole).from_pretrained(folder[0], dtype=dtype, distributed_config=plan)
         model.config._experts_implementation = "grouped_mm"
@@ -141,6 +144,9 @@ class Transformers:
 
 # ------------------------------------------------------------------------------------------------
 
+# A graph for each size: Dynamo cannot trace a distributed embedding of an unknown one (torch 2.13).
+GRAPHS = {"fullgraph": True, "dynamic": False}
+
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """On a CPU the plain PyTorch reference of each op: there is no kernel to be faster."""
@@ -160,7 +166,7 @@ def compare(args: argparse.Namespace, job: Any, tokens: Tensor, split: nn.Module
     plain = {name: job.calls(m, tokens, lambda f: f) for name, m in
              (("whole", job.whole), ("true", wide))}  # fmt: skip
     fusing = lambda f: torch.compile(  # noqa: E731
-        f, backend=backend(), options=options(args), fullgraph=True
+        f, backend=backend(), options=options(args), **GRAPHS
     )
     calls, out = job.calls(split, tokens, fusing), {}
     for step, call in calls.items():
@@ -182,7 +188,7 @@ def timed(args: argparse.Namespace, job: Any, tokens: Tensor, split: nn.Module, 
     """Rows of ms per decode step: as it is, compiled with Inductor, fused."""
     ways = {"eager": job.calls(split, tokens, lambda f: f)}
     if args.inductor:
-        compiled = job.calls(split, tokens, lambda f: torch.compile(f, fullgraph=True))
+        compiled = job.calls(split, tokens, lambda f: torch.compile(f, **GRAPHS))
         ways["torch.compile (Inductor)"] = compiled
     ways[f"dsv4fuse ({'Inductor' if args.inductor else 'node by node'})"] = fused
     rows = []

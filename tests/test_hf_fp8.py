@@ -105,10 +105,10 @@ def test_prefill(kinds):
     same(found, wanted, torch.bfloat16)
     reasons = {name: {s.reason for s in report.sites if (s.fusion, s.status) == (name, "taken")}
                for name in ("norm_quant", "clamp_swiglu_quant")}  # fmt: skip
-    assert reasons == {
-        "norm_quant": {"Norm (weight) → fp8 quant."},
-        "clamp_swiglu_quant": {"Clamp → swiglu (silu) → fp8 quant."},
-    }
+    assert reasons["clamp_swiglu_quant"] == {"Clamp → swiglu (silu) → fp8 quant."}
+    # transformers 5.17 rounds in front of the weight, later ones behind it.
+    norms = [{f"Norm ({rounding}) → fp8 quant."} for rounding in ("weight", "once")]
+    assert reasons["norm_quant"] in norms
     assert any("inside of hyper_connection" in s.reason for s in report.with_status("declined"))
 
 

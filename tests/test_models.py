@@ -169,9 +169,10 @@ def test_transformers_prefill(made, tmp_path):
     assert all("modeling_deepseek_v4.py" in site.where for site in report.sites)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_transformers_of_another_version(checkout):
-    """The test above under a second transformers, where there is one (the Makefile makes it)."""
+    """The test above, and decode on the static cache, under a second transformers, where there is
+    one (the Makefile makes it)."""
     other = os.environ.get("DSV4FUSE_TRANSFORMERS_ALT")
     if not other:
         pytest.skip("DSV4FUSE_TRANSFORMERS_ALT names no folder with another transformers")
@@ -183,11 +184,12 @@ def test_transformers_of_another_version(checkout):
     run = dict(cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
     where = subprocess.run([sys.executable, "-c", found], **run).stdout.strip()
     assert pathlib.Path(where).is_relative_to(other), where
-    only = ("tests/test_models.py", "-k", "test_transformers_prefill")
+    names = "test_transformers_prefill or test_generate_is_one_graph or test_a_plain_decode_loop"
+    only = ("tests/test_models.py", "tests/test_hf_generate.py", "-k", names)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only]
     done = subprocess.run(command, **run)
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
-    assert "2 passed" in done.stdout or "3 passed" in done.stdout, done.stdout
+    assert "5 passed" in done.stdout, done.stdout
 
 
 # The plain model of examples/deepseek_v4 ---------------------------------------------------------

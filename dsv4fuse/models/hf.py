@@ -48,7 +48,7 @@ class StaticV4Cache(Cache):
         counters: dict[torch.device, Tensor] = {}
         for block in model.base_model.layers:
             attention = block.self_attn
-            like = attention.kv_proj.weight.new_empty(0, dtype=dtype)
+            like = torch.empty(0, dtype=dtype, device=attention.kv_proj.weight.device)
             layer = LAYERS[attention.layer_type](attention, batch, max_len, like)
             layer.counts = like.device not in counters
             if layer.counts:
@@ -71,7 +71,8 @@ class StaticV4Cache(Cache):
             real = attention_mask.to(device=like.device, dtype=torch.bool)
             real = real.index_select(1, keys.clamp(max=real.shape[1] - 1))
             seen = seen & real[:, None, None]
-        return torch.where(seen, like.new_zeros(()), torch.finfo(like.dtype).min)
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)  # weights may be distributed
+        return torch.where(seen, zero, torch.finfo(like.dtype).min)
 
 
 def prepare(model: nn.Module) -> None:
@@ -94,22 +95,20 @@ def prepare(model: nn.Module) -> None:
             block.self_attn.compressor.register_forward_hook(_mask_entries)
 
 
-def _masks_for_generate(
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Any,
-    **others: Any,
-) -> Any:
-    if isinstance(past_key_values, StaticV4Cache):
-        return past_key_values.mask(inputs_embeds.shape[1], attention_mask, inputs_embeds)
-    return create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, **others
-    )
+def _cache(given: dict[str, Any]) -> Any:
+    """The cache among keyword arguments; transformers 5.24 renamed it."""
+    return given.get("cache", given.get("past_key_values"))
+
+
+def _masks_for_generate(**given: Any) -> Any:
+    cache, inputs = _cache(given), given["inputs_embeds"]
+    if isinstance(cache, StaticV4Cache):
+        return cache.mask(inputs.shape[1], given["attention_mask"], inputs)
+    return create_masks_for_generate(**given)
 
 
 def _mask_window(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = _cache(kwargs), kwargs.get("attention_mask")
     if not isinstance(cache, StaticV4Cache) or isinstance(mask, dict):
         return None
     if mask is None or mask.dim() == 2:
