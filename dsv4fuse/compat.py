@@ -104,7 +104,7 @@ def trace(
     # Each module is a class of its own, and every trace sets methods on nn.Module, which costs in
     # proportion to the classes alive: references are kept for the life of the process.
     if not any(n.op == "get_attr" for n in graph.nodes):
-        graph.owning_module = None  # type: ignore[assignment]
+        graph.owning_module = None
     return graph
 
 

@@ -82,15 +82,15 @@ def contraction(
     ``term``: the product as a part of the output's own term, in the output's coordinates.
     ``narrowed``: also one whose sums are then rounded to the output's narrower dtype.
     """
-    term = scene.low.term(output) if term is None else term
-    if isinstance(term, Complex):
+    own = scene.low.term(output) if term is None else term
+    if isinstance(own, Complex):
         return None
-    if narrowed and term.op == "cast" and rules.widens(term.dtype, term.args[0].dtype):
-        term = term.args[0]
+    if narrowed and own.op == "cast" and rules.widens(own.dtype, own.args[0].dtype):
+        own = own.args[0]
     space = maps.sizes_of(output.meta["val"])
-    if term.op == "fold":
-        return _sum_of_products(scene, output, term, space)
-    return product(scene, term, space, output)
+    if own.op == "fold":
+        return _sum_of_products(scene, output, own, space)
+    return product(scene, own, space, output)
 
 
 def product(scene: Scene, term: Term, space: Space, output: fx.Node) -> Contraction | None:
@@ -101,13 +101,11 @@ def product(scene: Scene, term: Term, space: Space, output: fx.Node) -> Contract
     left, right = node.args
     size = maps.sizes_of(left.meta["val"])[-1]
     k, space = _running(len(space), size), (*space, size)
-    operands = (
-        _operand(scene, left, (*batch, row, k), space),
-        _operand(scene, right, (*batch, k, column), space),
-    )
-    if None in operands:
+    rows = _operand(scene, left, (*batch, row, k), space)
+    columns = _operand(scene, right, (*batch, k, column), space)
+    if rows is None or columns is None:
         return None
-    return Contraction(output, node, *operands, size)  # type: ignore[arg-type]
+    return Contraction(output, node, rows, columns, size)
 
 
 def _running(coordinate: int, size: Size) -> Index:
@@ -137,7 +135,8 @@ def _sum_of_products(
             return None
         operands.append(Operand(term, scene.places(term, (*space, shape[axis]))))
     products = next(iter(scene.low.origins[fold]))[0]
-    return Contraction(output, products, *operands, shape[axis], True)
+    left, right = operands
+    return Contraction(output, products, left, right, shape[axis], True)
 
 
 def _renamed(scene: Scene, t: Term, space: Space, renamed: dict[int, Index]) -> Term | None:

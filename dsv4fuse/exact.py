@@ -50,7 +50,7 @@ def _exactly(node: fx.Node, args: Any, kwargs: Any) -> Any:
         args = (args[0].to(node.args[0].meta["val"].dtype), *args[1:])
     if node.target in CASTS and floating and value.dtype.is_floating_point:
         return args[0]
-    return _wide(node.target(*args, **{**kwargs, **_summed_wide(kwargs)}))  # type: ignore[operator]
+    return _wide(node.target(*args, **{**kwargs, **_summed_wide(kwargs)}))
 
 
 def _summed_wide(kwargs: dict[str, Any]) -> dict[str, Any]:

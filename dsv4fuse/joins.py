@@ -150,8 +150,8 @@ def _join(low: Lowering, node: fx.Node, m: Map, axis: int, pieces: Sequence[Piec
         return low.lace(node, m, digit.coord, ways, digit.extent // ways)
     if any(step != 1 for _, _, step, _ in pieces) or digit.div * digit.size != digit.extent:
         raise Opaque
-    read = _first(pieces, digit.size)
-    return low.cat(node, m, digit.coord, [(start * digit.div, n * digit.div) for start, n in read])
+    parts = _first(pieces, digit.size)
+    return low.cat(node, m, digit.coord, [(start * digit.div, n * digit.div) for start, n in parts])
 
 
 def _first(pieces: Sequence[Piece], count: Size) -> list[tuple[Size, Size]]:

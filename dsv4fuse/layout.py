@@ -75,8 +75,8 @@ def head_order(x: Bound, cos: Bound, lone: str = "batch") -> Order | None:
     tokens = [*batch, *turned]
     if len(tokens) > 2 or len(heads) > 1:
         return None
-    lead: Order = (None,) * (2 - len(tokens)) + tuple(sorted(tokens, key=lambda r: places[r]))
-    return (*lead, *heads)
+    tokens.sort(key=lambda r: places[r])
+    return (*(None,) * (2 - len(tokens)), *tokens, *heads)
 
 
 def token_count(root: fx.Node, order: Order) -> int | torch.SymInt:

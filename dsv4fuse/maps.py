@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -25,7 +26,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from dsv4fuse import compat
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,14 @@ def _narrowed(t: Term, d: torch.dtype | None, make: Make) -> Term | None:
     if t.op not in SELECTING or d not in (torch.bfloat16, torch.float16):
         return None
     args = [_narrowed(x, d, make) for x in t.args]
-    return None if None in args else make(t.op, tuple(args), d)  # type: ignore[arg-type]
+    return None if None in args else make(t.op, tuple(args), d)
 
 
 def _cast(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
     (x,) = a
     if x.op == "const":
         held = d is not None and d.is_floating_point
-        return make("const", (rounded(x.args[0], d),), None) if held else None  # type: ignore
+        return make("const", (rounded(x.args[0], d),), None) if held else None
     if x.dtype is d:
         return x  # a cast to the same dtype
     if x.op == "cast" and x.args[0].dtype is d and widens(d, x.dtype):

@@ -58,7 +58,7 @@ def _view(node: fx.Node, made: dict[fx.Node, Any]) -> Any:
     if not isinstance(node.meta["val"], Tensor | tuple | list):
         return hint(node.meta["val"])
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _view(n, made))
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*args, **kwargs)
 
 
 def leaves(candidate: Candidate, region: list[fx.Node]) -> list[fx.Node]:

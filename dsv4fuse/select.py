@@ -105,7 +105,7 @@ def _of_model(
     rows: Sequence[Mapping[str, Any]], size: float
 ) -> tuple[list[Mapping[str, Any]], bool]:
     """The rows of the model whose results are nearest in size, and whether they are alike."""
-    sizes = {r.get("model"): r.get("result_bytes") for r in rows}
+    sizes: dict[Any, float] = {r.get("model"): r.get("result_bytes", 0.0) for r in rows}
     if not size or not all(sizes.values()):
         return list(rows), True
     far = {model: abs(math.log(own / size)) for model, own in sizes.items()}

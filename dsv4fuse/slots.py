@@ -18,6 +18,7 @@ from dsv4fuse.layout import Order, arrange
 from dsv4fuse.maps import ZERO, Index, Size
 from dsv4fuse.match import Bound
 from dsv4fuse.scene import Scene
+from dsv4fuse.terms import Complex
 from dsv4fuse.writes import Place, Write, rows_of
 
 NAMES = ("slot", "seq")  # of a cache's leading axes, from the last to the first
@@ -108,10 +109,11 @@ def ring(
     """Two writes of root's last rows to two spans, as a prefill fills a ring."""
     batch, sequence = order
     length = None if sequence is None else root.meta["val"].shape[sequence]
-    spans = [_span(scene, root, sequence, w) for w in writes] if isinstance(length, int) else []
-    if not spans or None in spans:
+    found = (_span(scene, root, sequence, w) for w in writes if isinstance(length, int))
+    spans = sorted((s for s in found if s is not None), key=lambda s: s[:3])
+    if len(spans) < 2:
         return None
-    (at, start, n, place), (next_at, next_start, m, other) = sorted(spans)  # type: ignore[type-var]
+    (at, start, n, place), (next_at, next_start, m, other) = spans
     apart = start + n <= next_start or next_start + m <= start
     whole = at + n == next_at and next_at + m == length
     seats = {p.along for p in (place, other) if p is not None}
@@ -126,7 +128,8 @@ def _span(
 ) -> tuple[int, int, int, Place | None] | None:
     """(first row, its slot, rows, the place along the batch) of a write of some of root's rows."""
     term, extents = scene.low.term(write.value), maps.sizes_of(write.value.meta["val"])
-    m = next((m for node, m in scene.places(term, extents) if node is root), None)
+    held = () if isinstance(term, Complex) else scene.places(term, extents)
+    m = next((m for node, m in held if node is root), None)
     if m is None or sequence is None or not 1 <= len(write.places) <= 2:
         return None
     *lead, place = write.places
@@ -139,7 +142,7 @@ def _span(
     shape = maps.sizes_of(root.meta["val"])
     rest = [k for k in range(len(m)) if k != sequence]
     broken = any(axes[k] is None and m[k] != ZERO for k in rest)
-    if broken or not maps.whole_axes([m[k] for k in rest], [shape[k] for k in rest]):
+    if broken or not maps.whole_axes(tuple(m[k] for k in rest), tuple(shape[k] for k in rest)):
         return None
     follows = moved == place.along if run.terms else rows == 1
     if None in named or not follows or len(fixed) < len(write.places):

@@ -47,7 +47,7 @@ def _rms_norm(node: fx.Node, root: Term) -> Iterator[Spec]:
                 yield Spec(tuple(holes), ("eps",), (("rounding", rounding),))
 
 
-def _rope(inverse: bool):  # noqa: ANN202
+def _rope(inverse: bool) -> Callable[[fx.Node, Term], Iterator[Spec]]:
     def specs(node: fx.Node, root: Term) -> Iterator[Spec]:
         d = lanes(node)
         turned = root.args[-1] if root.op == "cat" else root

@@ -34,8 +34,9 @@ class Finding:
         return self._choice() == other._choice()
 
     def _choice(self) -> object:
-        timed = isinstance(self.times, tuple)
-        return self.wrong is None, select.compare(self.times).take if timed else self.times is None
+        times = self.times
+        taken = select.compare(times).take if isinstance(times, tuple) else times is None
+        return self.wrong is None, taken
 
     @staticmethod
     def read(plain: Mapping[str, Any]) -> Finding:

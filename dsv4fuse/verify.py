@@ -123,7 +123,7 @@ def _check(
             values = [v.narrow(-2, 0, v.shape[-2] - 1) for v in values]
         split = candidate.pieces.get(node, lambda t: (t,))
         several = list(zip(*map(split, values), strict=True))
-        apart = (_differ(*piece, numerics, candidate.code) for piece in several)
+        apart = (_differ(m, f, t, numerics, candidate.code) for m, f, t in several)
         wrong = next((w for w in apart if w), None)
         if wrong is None and promised:
             wrong = next((w for a, b, _ in several if (w := _many(a, b))), None)

@@ -202,7 +202,7 @@ VIEWS = frozenset(
 def base_of(node: fx.Node) -> fx.Node:
     """The node whose memory this one shows."""
     while node.target in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 

@@ -73,7 +73,8 @@ def styled(path: pathlib.Path) -> Iterator[Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({**_STYLE, "savefig.transparent": path.suffix == ".svg"}):
+    style: dict[Any, Any] = {**_STYLE, "savefig.transparent": path.suffix == ".svg"}
+    with matplotlib.rc_context(style):
         yield pyplot
         pyplot.close("all")
 

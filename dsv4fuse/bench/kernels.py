@@ -93,7 +93,7 @@ def describing(capability: int = 90) -> Iterator[list[Specialised]]:
     if not isinstance(common.narrow, JITFunction):
         raise RuntimeError("TRITON_INTERPRET=1 is set: there is nothing to compile.")
     active, launched = driver._active, common.INTERPRETED
-    driver.set_active(_Absent(capability))  # type: ignore[arg-type]
+    driver.set_active(_Absent(capability))
     common.INTERPRETED = True  # launch also on a CPU
     try:
         with described() as found:

@@ -18,6 +18,9 @@ class WindowLayer(StaticLayer):
     on a device share it; the one that ``counts`` moves it on.
     """
 
+    cumulative_length: Any
+    keys: Any
+
     is_sliding = True
     is_croppable = False
 

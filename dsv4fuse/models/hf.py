@@ -41,6 +41,8 @@ class StaticV4Cache(Cache):
     One cache serves one batch after the other: ``reset()`` in between.
     """
 
+    layers: list[Any]
+
     def __init__(self, model: nn.Module, batch: int, max_len: int) -> None:
         prepare(model)
         dtype = model.get_input_embeddings().weight.dtype
