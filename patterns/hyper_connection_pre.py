@@ -173,7 +173,8 @@ def _norm(scene: Scene, y: fx.Node) -> Hit | None:
     found = None
     for user in _onward(y, 10):
         hit = scene.hit(RMS_NORM, user)
-        if hit is not None and hit.x.node is y and hyper.shape(user) == hyper.shape(y):
+        own = hit is not None and hit.x.node is y and hit.x.straight
+        if own and hyper.shape(user) == hyper.shape(y):
             if readers(y)[0] <= scene.region(user, [y]):
                 found = hit
     return found

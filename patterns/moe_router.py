@@ -105,7 +105,7 @@ def _normalised(scene: Scene, gathered: fx.Node) -> Hit | None:
             seen.add(user)
             stack.append(user)
             hit = scene.hit(WEIGHTS, user) if value.shape == shape else None
-            if hit is not None and hit.w.node is gathered:
+            if hit is not None and hit.w.node is gathered and hit.w.straight:
                 found.append(hit)
     return max(found, key=lambda h: scene.order[h.node], default=None)
 

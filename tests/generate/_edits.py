@@ -6,6 +6,7 @@ wrong one of two tensors. They are made on the graph, so every fusion has them a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,13 +95,18 @@ def edits_of(node: fx.Node) -> Iterator[tuple[str, Edit]]:
         yield "pieces in another order", _turned
     if node.target is aten.index_put.default:
         yield "accumulated", lambda g, n: setattr(n, "args", (*n.args[:3], True))
-    operands = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+    operands = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and not unset(a)]
     if len(operands) > 1 and node.target not in COMMUTES:
         yield "operands exchanged", _swapped(*operands[-2:])
     if len(operands) > 1:
         for i in operands:
             yield "another tensor", _replaced(i)
     yield from _behind(value)
+
+
+def unset(node: fx.Node) -> bool:
+    """Memory that holds anything: what is made of it is no function of the inputs."""
+    return node.op == "call_function" and "empty" in str(node.target)
 
 
 COMMUTES = (aten.add.Tensor, aten.mul.Tensor, aten.minimum.default, aten.maximum.default)
@@ -137,6 +143,9 @@ def _behind(value: Tensor) -> Iterator[tuple[str, Edit]]:
             yield "lanes reversed", _after(aten.flip.default, [value.dim() - 1])
     if value.dim() > 1 and value.shape[0] > 1:
         yield "rows rolled", _after(aten.roll.default, [1], [0])
+    for i, j in itertools.combinations(range(value.dim()), 2):
+        if value.shape[i] == value.shape[j] > 1:
+            yield "axes exchanged", _exchanged(i, j)
 
 
 def _other(number: Any) -> Any:
@@ -172,7 +181,8 @@ def _replaced(i: int) -> Edit:
 
     def edit(graph: fx.Graph, node: fx.Node) -> None:
         old = node.args[i].meta["val"]
-        for other in reversed([n for n in _before(graph, node) if n is not node.args[i]]):
+        held = [n for n in _before(graph, node) if n is not node.args[i] and not unset(n)]
+        for other in reversed(held):
             value = other.meta.get("val")
             if isinstance(value, Tensor) and (value.shape, value.dtype) == (old.shape, old.dtype):
                 node.update_arg(i, other)
@@ -191,6 +201,15 @@ def _before(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
 
 def _after(target: Any, *args: Any) -> Edit:
     return lambda graph, node: _insert(graph, node, (target, args, {}))
+
+
+def _exchanged(i: int, j: int) -> Edit:
+    """Two axes of one length, the value lying in memory as before."""
+    steps = ((aten.transpose.int, (i, j), {}), (aten.clone.default, (), CONTIGUOUS))
+    return lambda graph, node: _insert(graph, node, *steps)
+
+
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
 
 def _cast(there: torch.dtype, back: torch.dtype) -> Edit:

@@ -102,7 +102,7 @@ GATHERED = {
 def chosen(hand: Hand) -> Site:
     """Keys by an index of each query."""
     # No "B": as a symbol, a gather's batch is not known to be as many as the keys' batch.
-    sizes = (hand.number("batch", (2, 1, 3)), hand.number("S", (5, 1)))
+    sizes = (hand.number("batch", (2, 1, 3)), hand.number("S", (5, 1, 3)))
     index = hand.number("index", (torch.int64, torch.int32))
     names = {"gather": GATHERED["gather"]} if index == torch.int64 else {}
     weigh = hand.pick("weights", _attentions.WEIGHTS, mutants=EDITS, of="cat_softmax")

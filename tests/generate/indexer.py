@@ -107,7 +107,7 @@ PARTS = {
 def queries(hand: Hand) -> Site:
     """rope → rotation and fp8, one of them or both."""
     dtype = hand.dtype("dtype", "bf16", "fp16")
-    b, s = hand.number("B", (2, 1, 3)), hand.number("S", (5, 1))
+    b, s = hand.number("B", (2, 1, 3)), hand.number("S", (5, 1, 3))
     rope, tables = _atoms.rope(hand, dtype, q.ROPE // 2)
     rotated, kind = hand.pick("parts", PARTS)
     turn = hand.pick("rotation", ROTATIONS) if rotated else (lambda y, m: y)

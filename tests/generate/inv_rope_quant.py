@@ -18,7 +18,7 @@ BLOCK = 32
 def turned_back(hand: Hand) -> Site:
     """In any layout."""
     dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
-    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1)), ("H", (3, 1, 4))))
+    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1, 3)), ("H", (3, 1, 4))))
     layout = hand.pick("layout", layouts(b, s, h, dim))
     rope, tables = _atoms.rope(hand, dtype, lanes // 2)
     first, last = hand.seam("in front"), hand.seam("behind")
@@ -32,7 +32,7 @@ def turned_back(hand: Hand) -> Site:
 def in_groups(hand: Hand) -> Site:
     """And quantised, heads merged into groups."""
     dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", ((32, 16), (96, 64), (64, 32)))
-    b, s, h = hand.number("B", (2, 1, 3)), hand.number("S", (5, 1)), 4
+    b, s, h = hand.number("B", (2, 1, 3)), hand.number("S", (5, 1, 3)), 4
     groups = hand.number("groups", (1, 2, 4))
     rope, tables = _atoms.rope(hand, dtype, lanes // 2)
     back, pieces = _atoms.inverse(rope), _atoms.quant(hand)

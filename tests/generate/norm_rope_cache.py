@@ -31,7 +31,7 @@ def _normed(hand: Hand, dtype: torch.dtype, dim: int) -> tuple[Fn, Tensor]:
 def turned(hand: Hand) -> Site:
     """q or kv in any layout, not written anywhere."""
     dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
-    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1)), ("H", (3, 1, 4))))
+    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1, 3)), ("H", (3, 1, 4))))
     layout = hand.pick("layout", layouts(b, s, h, dim))
     norm, w = _normed(hand, dtype, dim)
     rope, tables = _atoms.rope(hand, dtype, lanes // 2)
@@ -149,7 +149,7 @@ def _fake(hand: Hand, lanes: int) -> Fn:
 def both(hand: Hand) -> Site:
     """q and kv of the same tokens, each in its own words, by the same tables: one launch."""
     dtype, (dim, lanes) = hand.dtype(), hand.number("lanes", SIZES)
-    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1)), ("H", (3, 4))))
+    b, s, h = (hand.number(n, v) for n, v in (("B", (2, 1, 3)), ("S", (5, 1, 3)), ("H", (3, 4))))
     q_norm, q_w = _normed(hand, dtype, dim)
     kv_norm, kv_w = _atoms.norm(hand, dtype, dim, "kv norm")
     q_rope, tables = _atoms.rope(hand, dtype, lanes // 2)

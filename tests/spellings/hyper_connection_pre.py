@@ -51,12 +51,12 @@ def _ours() -> h.Fn:
     return fn
 
 
-def _normed(fn: h.Fn, twice: bool = False) -> h.Fn:
+def _normed(fn: h.Fn, twice: bool = False, order: h.Fn = lambda y: y) -> h.Fn:
     """With an fp32 weight, rounded once; ``twice``: y has another reader."""
 
     def with_norm(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         y, post, comb = fn(x, *rest)
-        wide = y.float()
+        wide = order(y).float()
         weight = rest[0][0, : y.shape[-1]] + 1
         normed = (weight * (wide * h.rms(wide))).to(y.dtype)
         return (normed, post, comb, *((y + 1,) if twice else ()))
@@ -128,6 +128,7 @@ SPELLINGS: dict[str, Case] = {
     "the reference": _case(h.connection(h.mixes_scaled, h.split_by_slices)),
     "ours": _case(_ours(), None, "3 Sinkhorn"),
     "norm in fp32": _case(_normed(h.connection(h.mixes_scaled)), None, "norm"),
+    "norm, as many sequences as tokens": _case(_normed(h.connection()), h.inputs(3, 3), "norm"),
     "norm, y read twice": _case(_normed(h.connection(), True), absent=("norm",)),
     "rows first": _case(h.connection(h.mixes_of_rows)),
     "post and comb of rows": _case(h.connection(parts=_flat_comb, y=_y_of_rows)),
@@ -178,6 +179,11 @@ def _one_scale(mixes: Tensor, scale: Tensor, base: Tensor) -> Any:
     return h.split(mixes, scale, base, scales=scale[[0, 0, 0]].unbind(0))
 
 
+_SQUARE = SPELLINGS["norm, as many sequences as tokens"]
+MUTANTS["norm of tokens in another order"] = Case(
+    plain(_normed(h.connection(), order=lambda y: y.transpose(0, 1))), _SQUARE.inputs,
+    {NAME: 1}, absent=("norm",), like=_SQUARE,
+)  # fmt: skip
 MUTANTS["one scale for all"] = _mutant(h.connection(parts=_one_scale), counts={NAME: 1})
 
 

@@ -243,6 +243,7 @@ SPELLINGS |= {
     "one expert": _case(_with(choose=lambda s, b: (s + b).topk(1)[1], weigh=lambda w: w * SCALE)),
     "float of the chosen": _case(_with(wide=False, weigh=lambda w: add_eps(w.float()))),
     "batch": _case(_batched, _inputs(2, 3)),
+    "as many sequences as tokens": _case(_batched, _inputs(3, 3)),
     "one row": _case(route, _inputs(1)),
     "strided rows": _case(route, lambda: (Draw()(14, 2 * E)[::2, E:], Draw(9)(E, dtype=FP32))),
     "dynamic": _case(route, dynamic={0: (0,)}),
@@ -316,6 +317,12 @@ MUTANTS: dict[str, Case] = {
     "bias in the logits": _mutant(
         lambda x, b: route(x.float() + b, b, choose=lambda s, _: s.topk(K)[1]),
         counts={NAME: 1}, absent=("biased",),
+    ),
+    "weights of tokens in another order": _mutant(
+        lambda x, b: route(
+            x, b, gather=GATHERS["last axis"], weigh=lambda w: add_eps(w.transpose(0, 1))
+        ),
+        "as many sequences as tokens", counts={NAME: 1}, absent=("normalised",),
     ),
     "sum over tokens": _mutant(
         _with(weigh=lambda w: w / (w.sum(0, keepdim=True) + 1e-20) * SCALE),
