@@ -9,7 +9,7 @@ from collections import Counter
 
 from torch import fx
 
-from dsv4fuse import chaining, clock, compat, rewrite, select, trial, tuning, verify
+from dsv4fuse import chaining, clock, compat, garbage, rewrite, select, trial, tuning, verify
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
@@ -22,14 +22,14 @@ numbers: Counter[str] = Counter()  # of each fusion, how many sites this process
 def run(graph: fx.Graph, options: Options) -> Report:
     """Fuse what can be fused in ``graph``, in place."""
     started = time.perf_counter()
-    with clock.collecting() as spent:
+    with clock.collecting() as spent, garbage.passed_by():
         sites = _fused(graph, options)
     return Report(sites=sites, graphs=1, seconds=time.perf_counter() - started, spent=spent)
 
 
 def _fused(graph: fx.Graph, options: Options) -> list[Site]:
     # A rule's numbers need not be fake tensors.
-    with clock.step("matching"), compat.outside_compilation():
+    with clock.step("matching"), garbage.growing(), compat.outside_compilation():
         scene = Scene(graph)
         regions = candidates(scene, options)
     fusions = list(registry().values())
@@ -43,7 +43,7 @@ def _fused(graph: fx.Graph, options: Options) -> list[Site]:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
-    with clock.step("matching"):
+    with clock.step("matching"), garbage.growing():
         nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     with clock.step("planning"):
         plans = {} if options.autotune else _plans_ahead(waiting, options)
