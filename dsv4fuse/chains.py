@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, fx
 
 from dsv4fuse import maps
 from dsv4fuse.match import Bound
-from dsv4fuse.scene import Atom, Hit, Scene
+from dsv4fuse.scene import Atom, Hit, Scene, once
 from dsv4fuse.specs import CODES, SCALES
 
 
@@ -106,6 +106,7 @@ def divides_by_product(arguments: Mapping[str, object]) -> str | None:
     return None
 
 
+@once
 def quantised(scene: Scene) -> list[Quantised]:
     """Every value that a graph quantises in groups."""
     return [_quantised(scene, codes) for codes in scene.outermost(CODES)]

@@ -6,9 +6,12 @@ walk a ``Scene`` and chain the hits of their atoms.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +25,7 @@ from dsv4fuse.terms import Complex, Term, straight
 assert views and joins and tables  # importing them registers what ATen operations mean
 
 
+Found = TypeVar("Found")
 NEAREST = 2  # of an atom's ways to appear at a node, how many are kept to explain a near miss
 
 
@@ -62,6 +66,19 @@ class Hit:
 
     def scalar(self, name: str) -> float:
         return self.env.scalars[name]
+
+
+def once(find: Callable[[Scene], Found]) -> Callable[[Scene], Found]:
+    """What several fusions look for in a scene is looked for once."""
+    seen: WeakKeyDictionary[Scene, Found] = WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def found(scene: Scene) -> Found:
+        if scene not in seen:
+            seen[scene] = find(scene)
+        return seen[scene]
+
+    return found
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -121,7 +138,7 @@ class Scene:
         self._hits: dict[tuple[str, fx.Node], Hit | None] = {}
         self._contents: dict[Term, frozenset[str | torch.dtype]] = {}
         self._able: dict[frozenset[str], list[fx.Node]] = {}
-        self._behind: dict[frozenset[fx.Node], Scene] = {}
+        self._outermost: dict[str, tuple[Hit, ...]] = {}
         self.misses: list[tuple[Atom, fx.Node, Pattern, Miss]] = []
         # In the graph's order no read goes deeper than one node: residual streams chain all layers.
         self._shown: dict[Term, list[fx.Node]] = defaultdict(list)
@@ -132,13 +149,6 @@ class Scene:
                 self._shown[term].append(node)
                 earlier = next(self.alike(node), node)
                 self.low.same[node] = self.low.same.get(earlier, node)
-
-    def behind(self, leaves: Iterable[fx.Node]) -> Scene:
-        """The same graph with these leaves."""
-        key = frozenset(leaves)
-        if key not in self._behind:
-            self._behind[key] = Scene(self.graph, key)
-        return self._behind[key]
 
     def hit(self, atom: Atom, node: fx.Node) -> Hit | None:
         """The atom at a node, in the first of its specs that fits."""
@@ -237,8 +247,13 @@ class Scene:
                 stack += joins.sources(node)
         return seen
 
-    def outermost(self, atom: Atom) -> list[Hit]:
+    def outermost(self, atom: Atom) -> tuple[Hit, ...]:
         """The atom's hits that no later hit of it contains, in the graph's order."""
+        if atom.name not in self._outermost:
+            self._outermost[atom.name] = self._not_inside(atom)
+        return self._outermost[atom.name]
+
+    def _not_inside(self, atom: Atom) -> tuple[Hit, ...]:
         kept: list[Hit] = []
         inside: set[fx.Node] = set()
         for node in reversed(self.able(atom)):
@@ -251,7 +266,7 @@ class Scene:
                 leaves = {b.node for b in hit.env.holes.values()}
                 leaves.update(*(self.alike(n) for n in leaves))
                 inside |= self.region(node, leaves - {node}) - {node}
-        return kept[::-1]
+        return tuple(kept[::-1])
 
     def placeable(self, inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
         """Is there a place after all inputs, none of them made of an output, and before every

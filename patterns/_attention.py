@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
 from dsv4fuse import maps, rules
 from dsv4fuse.contract import Axes, Operand, Space, contraction
-from dsv4fuse.scene import Hit, Scene
+from dsv4fuse.scene import Hit, Scene, once
 from dsv4fuse.terms import Complex, Term
 from dsv4fuse.views import VIEWS
 
@@ -126,20 +125,17 @@ class Site:
         return self.lane + 1
 
 
-_seen: WeakKeyDictionary[Scene, tuple[Scene, list[Site]]] = WeakKeyDictionary()
-
-
+@once
 def sites(scene: Scene) -> tuple[Scene, list[Site]]:
     """Every attention with a sink in a graph, at the last node that is its output as it lies.
 
     Read anew with every cat but a sink's as a leaf: a mask that is one would take the scores, and
     all that is made of them, to pieces. The sites hold in the scene that is returned."""
-    if scene not in _seen:
-        joined = (n for n in scene.nodes if n.target is aten.cat.default and not _adds_one(n))
-        view = scene.behind(joined)
-        _seen[scene] = view, _sites(view)
-        scene.misses += view.misses
-    return _seen[scene]
+    joined = (n for n in scene.nodes if n.target is aten.cat.default and not _adds_one(n))
+    view = Scene(scene.graph, joined)
+    found = _sites(view)
+    scene.misses += view.misses
+    return view, found
 
 
 def _adds_one(cat: fx.Node) -> bool:

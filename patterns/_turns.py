@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from dsv4fuse import maps, rules
 from dsv4fuse.contract import Operand, product
-from dsv4fuse.scene import Scene
+from dsv4fuse.scene import Scene, once
 from dsv4fuse.specs import INVERSE_ROPE, ROPE
 from dsv4fuse.terms import Complex
 
@@ -37,18 +37,20 @@ class Turn:
         return placed(matrix, self.matrix.axes, (rank, rank - 1))
 
 
+@once
 def turns(scene: Scene) -> dict[fx.Node, Turn]:
     """Every product of a value with a square matrix over its last axis, by that value: of several
     (the product, and the product times a factor) the last."""
     return {t.x: t for t in _turns(scene)}
 
 
+@once
 def rotated(scene: Scene) -> Scene:
     """The graph with each rotated row as one tensor: a row is made of pieces, and what quantises it
     is looked for behind the whole of it."""
     turned = turns(scene)
     rows = [h.node for atom in (ROPE, INVERSE_ROPE) for h in scene.outermost(atom)]
-    return scene.behind([*rows, *(turned[n].node for n in rows if n in turned)])
+    return Scene(scene.graph, [*rows, *(turned[n].node for n in rows if n in turned)])
 
 
 def _turns(scene: Scene) -> Iterator[Turn]:
