@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 examples/distributed.py --model transformers --size flash ...
 
 ``plain`` is the model of examples/deepseek_v4 by its DTensor plan (heads, groups of the output
-projection, experts), ``transformers`` its DeepseekV4ForCausalLM by its own expert-parallel plan.
+projection, experts), ``transformers`` its DeepseekV4ForCausalLM by its own expert-parallel plan,
+for which it needs accelerate.
 A prefill and a decode step; logits are compared with the whole model's on one GPU, both judged by
 the whole model in fp32. Random weights. One process works too, for the scaling.
 """

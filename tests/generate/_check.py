@@ -117,7 +117,7 @@ def further_off(site: Site, wanted: Any, found: Any) -> str:
             if (x.dtype, x.shape) != (b.dtype, b.shape):
                 continue
             if not x.is_floating_point():
-                if _free_signs(site, x, b):
+                if _free_bits(site, x, b):
                     del left[i]
                 continue
             own[i] = max(own.get(i, 0.0), verify._steps(x, true[i], x.dtype))
@@ -145,15 +145,23 @@ class _Bytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _free_signs(site: Site, a: Tensor, b: Tensor) -> bool:
-    """Bytes that differ in their highest bit alone, of a program that reads those of a NaN, whose
-    sign no operation says; or which are 0 but for that bit, where it reads those of a zero: the sum
-    of two of -0 is +0, for it starts there. As floats the two are equal in all that is compared."""
-    if a.dtype != torch.uint8 or not ((a ^ b) & 0x7F == 0).all():
+NANS = torch.tensor([0x7F, 0xFF, 0xC0], dtype=torch.uint8)  # bytes of one, in e4m3 and in bf16
+
+
+def _free_bits(site: Site, a: Tensor, b: Tensor) -> bool:
+    """Bytes that differ in their highest bit alone or are both a NaN's, of a program that reads
+    those of a NaN, whose sign and payload no operation says; or which are 0 but for that bit, where
+    it reads those of a zero: the sum of two of -0 is +0, for it starts there. As floats the two are
+    equal in all that is compared."""
+    if a.dtype != torch.uint8:
         return False
     with _Bytes() as seen:
         _eager(site, site.inputs)
-    return seen.of_nan or (seen.of_zero and bool(((a & 0x7F == 0) | (a == b)).all()))
+    sign = (a ^ b) == 0x80
+    free = sign | (torch.isin(a, NANS) & torch.isin(b, NANS)) if seen.of_nan else (
+        sign & (a & 0x7F == 0) & seen.of_zero
+    )
+    return bool(((a == b) | free).all())
 
 
 NEARBY = 8  # inputs
