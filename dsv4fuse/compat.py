@@ -96,7 +96,8 @@ def trace(
     with outside_compilation(), FakeTensorMode(shape_env=env):
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
         table = select_decomp_table()
-        graph = make_fx(fn, table, tracing_mode="real")(*fakes).graph
+        # Its defaults are no inputs.
+        graph = make_fx(lambda *given: fn(*given), table, tracing_mode="real")(*fakes).graph
         # To make it functional takes as long again, and changes nothing where nothing is written.
         operations = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
         if any(op._schema.is_mutable for op in operations):
