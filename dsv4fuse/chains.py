@@ -44,7 +44,7 @@ class Quantised:
         shape = [*self.codes.node.meta["val"].shape]
         return [*shape[:-2], shape[-2] * shape[-1]] if self.codes.arguments["blocked"] else shape
 
-    def reshapes(self, scene: Scene, node: fx.Node) -> bool:
+    def is_reshape(self, scene: Scene, node: fx.Node) -> bool:
         """Is the value a reshape of node's?"""
         shape = tuple(map(maps.as_size, self.shape))
         own = maps.identity(shape)

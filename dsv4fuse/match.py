@@ -107,11 +107,9 @@ class Unifier:
 
     def run(self) -> Env | None:
         root = self.low.term(self.node)
-        if isinstance(root, Complex):
-            return None
         lengths = maps.sizes_of(self.node.meta["val"])
         lead = len(lengths) - self.pattern.lanes
-        if lead < 0:
+        if isinstance(root, Complex) or lead < 0:
             return None
         lanes = {1 + i: lead + i for i in range(self.pattern.lanes)}
         space = Space(lanes, {k: k for k in range(lead)}, lengths)

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate, has_kernel
-from dsv4fuse.scene import needed, readers
+from dsv4fuse.readers import needed, readers
 from dsv4fuse.terms import short
 from dsv4fuse.views import base_of
 

@@ -20,6 +20,7 @@ from dsv4fuse import joins, maps, tables, trace, views
 from dsv4fuse.lower import Lowering
 from dsv4fuse.maps import Map, Size
 from dsv4fuse.match import Bound, Env, Hole, Miss, Pattern, Rows, Unifier
+from dsv4fuse.readers import is_tensor, needed, readers
 from dsv4fuse.terms import Complex, Term, straight
 
 assert views and joins and tables  # importing them registers what ATen operations mean
@@ -79,38 +80,6 @@ def once(find: Callable[[Scene], Found]) -> Callable[[Scene], Found]:
         return seen[scene]
 
     return found
-
-
-def is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def readers(node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
-    """(the nodes that read a value, directly or through views, those views)."""
-    found: set[fx.Node] = set()
-    between: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if user.target in views.VIEWS and user not in between:
-            between.add(user)
-            stack += user.users
-        elif user.target not in views.VIEWS:
-            found.add(user)
-    return found, between
-
-
-def needed(node: fx.Node, without: Iterable[fx.Node]) -> bool:
-    """Does anything that leaves the graph depend on node, other than through the nodes given?"""
-    done, stack = set(without), [node]
-    while stack:
-        user = stack.pop()
-        if user.op == "output" or user.target is torch.ops.aten.copy_.default:
-            return True
-        if user not in done:
-            done.add(user)
-            stack += joins.dependents(user)
-    return False
 
 
 def _laid(t: Tensor) -> str:

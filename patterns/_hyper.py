@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from dsv4fuse import maps, rules
 from dsv4fuse.contract import Operand, contraction
 from dsv4fuse.maps import ZERO, Digit, Index, Map, Size
-from dsv4fuse.scene import Scene, is_tensor
+from dsv4fuse.readers import is_tensor
+from dsv4fuse.scene import Scene
 from dsv4fuse.terms import Complex, Term, straight
 
 F32 = torch.float32

@@ -11,7 +11,8 @@ from dsv4fuse import maps
 from dsv4fuse.contract import contraction
 from dsv4fuse.fusion import Sizes
 from dsv4fuse.maps import Index
-from dsv4fuse.scene import Scene, is_tensor, readers
+from dsv4fuse.readers import is_tensor, readers
+from dsv4fuse.scene import Scene
 from dsv4fuse.terms import Term
 
 from ._hyper import F32, Mixes, Shape, places, regrouped, shape, whole

@@ -2,7 +2,7 @@
 
 One is ``(x @ matrix) * factor`` over the last axis, as ``x @ m``, a linear layer or an einsum, the
 factor in the matrix, behind it or nowhere. The same transform by additions (a butterfly) is no
-product, and is not found.
+product, and is not found. ``rotated`` shows what stands behind a rope or such a product.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from dsv4fuse import compat
 from dsv4fuse.fusion import Candidate, Fusion
-from dsv4fuse.scene import Scene, is_tensor
+from dsv4fuse.readers import is_tensor
+from dsv4fuse.scene import Scene
 from dsv4fuse.views import VIEWS
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from dsv4fuse import atoms, maps
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.maps import ZERO, Digit
-from dsv4fuse.scene import Hit, Scene, is_tensor, readers
+from dsv4fuse.readers import is_tensor, readers
+from dsv4fuse.scene import Hit, Scene
 from dsv4fuse.specs import RMS_NORM
 from dsv4fuse.terms import Complex, Term
 
@@ -174,9 +175,9 @@ def _norm(scene: Scene, y: fx.Node) -> Hit | None:
     for user in _onward(y, 10):
         hit = scene.hit(RMS_NORM, user)
         own = hit is not None and hit.x.node is y and hit.x.straight
-        if own and hyper.shape(user) == hyper.shape(y):
-            if readers(y)[0] <= scene.region(user, [y]):
-                found = hit
+        same = own and hyper.shape(user) == hyper.shape(y)
+        if same and readers(y)[0] <= scene.region(user, [y]):
+            found = hit
     return found
 
 

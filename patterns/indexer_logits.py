@@ -22,7 +22,8 @@ from dsv4fuse import maps, rules
 from dsv4fuse.atoms import FP8
 from dsv4fuse.contract import Contraction, Operand, contraction, product
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
-from dsv4fuse.scene import Scene, is_tensor, readers
+from dsv4fuse.readers import is_tensor, readers
+from dsv4fuse.scene import Scene
 from dsv4fuse.terms import Complex, Term
 
 from ._ranges import Bound, ranges

@@ -114,7 +114,7 @@ def _heads(
     if wide.op != "mul" or wide.dtype != F32:
         return
     for quant in quants:
-        if quant.reshapes(scene, hit.node):
+        if quant.is_reshape(scene, hit.node):
             for codes, scale in (wide.args, wide.args[::-1]):
                 rows = _through(scene, product, codes, scale, quant, hit, order)
                 if rows is not None:

@@ -36,9 +36,10 @@ class Grouped:
 def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     turned = scene.outermost(INVERSE_ROPE)
-    view = rotated(scene)
-    quants = quantised(view) if turned else []
-    found = []
+    if not turned:
+        return []
+    view, found = rotated(scene), []
+    quants = quantised(view)
     for hit in turned:
         order = head_order(hit.x, hit.cos, lone="heads")
         if order is None:
@@ -65,7 +66,7 @@ def _grouped(scene: Scene, hit: Hit, quant: Quantised, order: Order) -> Grouped 
     lead = [turned[a] for a in range(len(turned) - 1) if a != order[2]]
     axis = groups > 1 or len(shape) == len(lead) + 2
     merged = [*lead, *([groups] if axis else []), width]
-    same = [str(s) for s in shape] == [str(s) for s in merged] and quant.reshapes(scene, hit.node)
+    same = [str(s) for s in shape] == [str(s) for s in merged] and quant.is_reshape(scene, hit.node)
     return Grouped(quant, groups, axis) if same else None
 
 

@@ -22,7 +22,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ._gluon import Emulated
 from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand
-from .test_kernel_sink_attention import KINDS, as_mask, exact, kind_of, steps
+from .test_kernel_sink_attention import KINDS, as_mask, exact, kind_of, logits, steps
 
 INF, SCALE = math.inf, 512**-0.5
 WHOLE = attention.SHAPES[-1][1]
@@ -149,10 +149,7 @@ def test_scores_are_rounded_where_the_module_rounds(rounded):
     q, kv, sinks = rand(1, 8, 64, 512, scale=0.3), rand(1, 1, 1, 512), torch.zeros(64).to(DEVICE)
     mask = rand(1, 8, 1)
     s = (q.double() @ kv[0, 0, 0].double()).float()
-    z = s.to(BF16).float() if "p" in rounded else s
-    z = (z * 0.3).to(BF16).float() if "s" in rounded else z * 0.3
-    z = z + mask.float()
-    z = z.to(BF16).float() if "m" in rounded else z
+    z = logits(s, 0.3, mask, rounded)
     found = torch.ops.dsv4fuse.sink_attention(
         q, kv, mask, sinks, scale=0.3, rounded=rounded, wide=True, out_dtype=FP32
     )

@@ -99,16 +99,23 @@ def test_empty_rows_and_sinks_of_any_size():
     assert call(nan_empty=True)[:, 0].isnan().all() and not call(nan_empty=True)[:, 2].isnan().any()
 
 
+def logits(s: Tensor, scale: float, mask: Tensor, rounded: str) -> Tensor:
+    """fp32 scores times the scale and behind the mask, rounded to bf16 after those steps (p, s, m)
+    that ``rounded`` names."""
+
+    def step(z: Tensor, name: str) -> Tensor:
+        return z.to(BF16).float() if name in rounded else z
+
+    return step(step(step(s, "p") * scale, "s") + mask.float(), "m")
+
+
 def test_scores_are_rounded_where_the_module_rounds():
     """With one key and a sink of 0 the weight is a function of the one logit."""
     q, kv, sinks = rand(1, 64, 4, 32, scale=3.0), rand(1, 1, 1, 32), torch.zeros(4, device=DEVICE)
     mask = rand(1, 64, 1)
     s = (q.double() @ kv[0, 0, 0].double()).float()
     for rounded in ("", "p", "ps", "psm"):
-        z = s.to(BF16).float() if "p" in rounded else s
-        z = (z * 0.3).to(BF16).float() if "s" in rounded else z * 0.3
-        z = z + mask.float()
-        z = z.to(BF16).float() if "m" in rounded else z
+        z = logits(s, 0.3, mask, rounded)
         found = torch.ops.dsv4fuse.sink_attention(
             q, kv, mask, sinks, scale=0.3, rounded=rounded, wide=True, out_dtype=FP32
         )
