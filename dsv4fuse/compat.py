@@ -98,7 +98,7 @@ def trace(
         table = select_decomp_table()
         # Its defaults are no inputs.
         graph = make_fx(lambda *given: fn(*given), table, tracing_mode="real")(*fakes).graph
-        # Making it functional takes half as long again, and where nothing is written changes nothing.
+        # Making it functional takes half as long again; where nothing is written, for nothing.
         operations = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
         if any(op._schema.is_mutable for op in operations):
             graph = make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes).graph
