@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor, fx
 
 from dsv4fuse import maps
@@ -37,6 +38,13 @@ class Quantised:
     def outputs(self) -> tuple[fx.Node, ...]:
         own = (self.codes.node, *(s.node for s in self.scales))
         return (*own, *(twin for twin, _ in self.again))
+
+    @property
+    def distances(self) -> dict[fx.Node, float]:
+        """How far each scale moves, as a part of itself, where the value's roundings turn."""
+        dtype = self.x.node.meta["val"].dtype
+        scales = (*self.outputs[1 : len(self.scales) + 1], *(n for n, i in self.again if i))
+        return dict.fromkeys(scales, torch.finfo(dtype).eps)
 
     @property
     def shape(self) -> list[int | SymInt]:

@@ -34,9 +34,9 @@ class Candidate:
     ``settled(*inputs)`` says of each row of the outputs whether it has only one right result.
     ``variant`` is the example whose measurements speak for this site, at ``tokens`` tokens.
     ``judged`` says what the outputs promise, see ``verify``: to be the module's ("eager"), or to
-    be as near to exact arithmetic as the module's ("exact"). ``code`` says how far apart results
-    lie, as a part of a row's largest, that are rounded to fewer bits behind a sum whose order is
-    another than the module's: such a sum turns few of them, but by so much.
+    be as near to exact arithmetic as the module's ("exact"). ``code`` says of outputs and updates
+    that are rounded to fewer bits, behind a sum whose order is another than the module's, how far
+    apart they may lie, as a part of a row's largest: such a sum turns few of them, but by so much.
     """
 
     fusion: str
@@ -56,7 +56,7 @@ class Candidate:
     loose: frozenset[str] = frozenset()
     detail: Mapping[str, object] = field(default_factory=dict)
     judged: str = "eager"
-    code: float = 0.0
+    code: Mapping[fx.Node, float] = field(default_factory=dict)
     # The size of an input's random values in the check, where 2 would not do.
     spread: Mapping[fx.Node, float] = field(default_factory=dict)
     # Nodes that hold the same value as an input, and that input; the pass finds them.

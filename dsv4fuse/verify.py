@@ -100,8 +100,7 @@ def _check(
 ) -> str | None:
     ends = (*candidate.outputs, *candidate.updates)
     outer = samples.leaves(candidate, region)
-    promised = numerics == "faithful" and candidate.judged == "eager"
-    promised = promised and (candidate.code > 0.0 or not candidate.loose & TURNING)
+    faithful = numerics == "faithful" and candidate.judged == "eager"
     true = None
     made = samples.draw(candidate, outer, number)
     if made is None:
@@ -123,9 +122,10 @@ def _check(
             values = [v.narrow(-2, 0, v.shape[-2] - 1) for v in values]
         split = candidate.pieces.get(node, lambda t: (t,))
         several = list(zip(*map(split, values), strict=True))
-        apart = (_differ(m, f, t, numerics, candidate.code) for m, f, t in several)
+        code = candidate.code.get(node, 0.0)
+        apart = (_differ(m, f, t, numerics, code) for m, f, t in several)
         wrong = next((w for w in apart if w), None)
-        if wrong is None and promised:
+        if wrong is None and faithful and (code or not candidate.loose & TURNING):
             wrong = next((w for a, b, _ in several if (w := _many(a, b))), None)
         if wrong:
             return f"On random inputs {node.name} differs from the unfused result: {wrong}."

@@ -74,8 +74,9 @@ def launch(
     shared = arguments(q, keys, mask, sinks, out, **how) | dict(most=tiles)
     listed = keys.kv is not None and worth_listing(mask, nan_empty, blocks, tiles)
     numbers = _list(blocks, tiles, shape, shared) if listed else None
-    if hopper.takes(q, keys, tokens * width, shape.block, splits):
-        hopper.launch(q, keys, mask, sinks, numbers, out, **how)
+    rows = shape.rows if keys.own else tokens * width  # few heads: the others' rows stay empty
+    if hopper.takes(q, keys, rows, shape.block, splits):
+        hopper.launch(q, keys, mask, sinks, numbers, out, **how | {"width": rows // tokens})
         return
     lanes, parts = max(16, triton.next_power_of_2(d)), (q, q)
     if splits > 1:

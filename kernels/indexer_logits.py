@@ -48,27 +48,27 @@ SIZES = ("tokens", "keys", "w_sb", "ks_sb", "start_sb", "end_sb", "out_sb", "out
 
 @dataclass(frozen=True)
 class Launch:
-    """Keys and tokens of a program, tokens of one dot, warps, stages of the pipeline over q."""
+    """Keys and tokens of a program, columns of one dot, warps, stages of the pipeline over q."""
 
     keys: int
     tokens: int
-    dot: int
+    columns: int
     warps: int
     stages: int
 
 
-# By bytes of an element, then by the number of (query, key) pairs. Two tokens to a dot make its
-# columns 128: with one, fetching the operands from shared memory takes longer than the product.
+# By bytes of an element, then by the number of (query, key) pairs. A dot's columns are the heads of
+# as many tokens: with 64, fetching the operands from shared memory takes longer than the product.
 CONFIGS: dict[int, tuple[tuple[int | None, Launch], ...]] = {
-    1: ((1 << 15, Launch(64, 1, 1, 4, 1)), (1 << 17, Launch(128, 2, 2, 4, 1)),
-        (1 << 19, Launch(128, 8, 2, 4, 2)), (1 << 23, Launch(128, 16, 2, 4, 3)),
-        (1 << 25, Launch(128, 32, 2, 4, 3)), (None, Launch(128, 64, 2, 4, 3))),
-    2: ((1 << 13, Launch(64, 1, 1, 4, 1)), (1 << 15, Launch(128, 1, 1, 4, 1)),
-        (1 << 17, Launch(128, 4, 2, 4, 2)), (1 << 19, Launch(128, 8, 2, 4, 2)),
-        (1 << 21, Launch(256, 16, 1, 8, 2)), (1 << 23, Launch(256, 64, 1, 8, 3)),
-        (None, Launch(128, 64, 2, 4, 2))),
-    4: ((1 << 15, Launch(32, 1, 1, 4, 1)), (1 << 17, Launch(64, 4, 1, 4, 1)),
-        (None, Launch(128, 16, 1, 8, 2))),
+    1: ((1 << 15, Launch(64, 1, 64, 4, 1)), (1 << 17, Launch(128, 2, 128, 4, 1)),
+        (1 << 19, Launch(128, 8, 128, 4, 2)), (1 << 23, Launch(128, 16, 128, 4, 3)),
+        (1 << 25, Launch(128, 32, 128, 4, 3)), (None, Launch(128, 64, 128, 4, 3))),
+    2: ((1 << 13, Launch(64, 1, 64, 4, 1)), (1 << 15, Launch(128, 1, 64, 4, 1)),
+        (1 << 17, Launch(128, 4, 128, 4, 2)), (1 << 19, Launch(128, 8, 128, 4, 2)),
+        (1 << 21, Launch(256, 16, 64, 8, 2)), (1 << 23, Launch(256, 64, 64, 8, 3)),
+        (None, Launch(128, 64, 128, 4, 2))),
+    4: ((1 << 15, Launch(32, 1, 64, 4, 1)), (1 << 17, Launch(64, 4, 64, 4, 1)),
+        (None, Launch(128, 16, 64, 8, 2))),
 }  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _launch(
     common.require_static(heads=heads, index_head_dim=d)
     c = common.launch_config(CONFIGS[q.element_size()], batch * tokens * keys)
     pad = max(16, triton.next_power_of_2(heads))
-    width = max(1, min(c.dot, 256 // pad))
+    width = max(1, min(c.columns // pad, c.tokens))
     strides = ((0, 0) if t is None else t.stride() for t in (k_scale, start, end))
     grid = (common.cdiv(keys, c.keys), common.cdiv(tokens, c.tokens), batch)
     wrap_triton(indexer_logits_kernel)[grid](

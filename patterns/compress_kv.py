@@ -170,18 +170,21 @@ def _candidate(scene: Scene, site: Site, numerics: str) -> Candidate:
         out = _call(site, given, numerics, keep)
         return (restore(out, leg.order, leg.root.meta["val"].dim()),) if keep else ()
 
+    outputs = (leg.root,) if keep else ()
+    updates = (write.node,) if write else ()
+    apart = code_distance(leg.quant.arguments) if leg.quant else 0.0
     return Candidate(
         NAME,
         leg.root,
         inputs,
         call,
-        (leg.root,) if keep else (),
+        outputs,
         (write.cache,) if write else (),
-        (write.node,) if write else (),
+        updates,
         site.places(),
         variant=_variant(site),
         judged="eager" if leg.quant else "exact",  # a sum over a window, in another order
-        code=code_distance(leg.quant.arguments) if leg.quant else 0.0,
+        code=dict.fromkeys((*outputs, *updates), apart),
         tokens=token_count(leg.root, leg.order),
         unsupported=_unsupported(site),
         loose=leg.loose | site.pool.env.loose,

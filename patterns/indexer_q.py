@@ -95,9 +95,16 @@ def _candidate(
         tokens=token_count(hit.node, order),
         unsupported=divides_by_product(step.arguments) if step else None,
         loose=loose | ({"order of the sums"} if turn else frozenset()),
-        code=code_distance(fake.arguments) if turn and fake and not quant else 0.0,
+        code=_distances(quant, fake) if turn else {},
         detail={"parts": " → ".join(k for k in kinds if k)},
     )
+
+
+def _distances(quant: Quantised | None, fake: Hit | None) -> dict[fx.Node, float]:
+    """How far the turn's sums, in another order, may move what is rounded behind them."""
+    if quant is not None:
+        return quant.distances
+    return {fake.node: code_distance(fake.arguments)} if fake else {}
 
 
 def _arguments(hit: Hit, turn: Turn | None, step: Hit | None) -> dict[str, Any]:

@@ -230,14 +230,16 @@ def example(tokens: int, sizes: Sizes, device: str, by_hash: bool) -> Example:
     """bf16 logits, fp32 scores by sqrt(softplus); a table of V4's vocabulary."""
     x = torch.randn(tokens, sizes.experts, device=device).bfloat16()
     moved = x.nbytes + tokens * sizes.top_k * 12
+    slack = sizes.top_k * 2**-23  # the weights' sum, in two orders
     if by_hash:
         table = torch.randint(sizes.experts, (129280, sizes.top_k), device=device)
         ids = torch.randint(129280, (tokens,), device=device)
         # of the logits only the chosen ones are read, in sectors of 32 bytes
         moved = tokens * (8 + sizes.top_k * (8 + 32 + 12))
-        return Example(partial(_plain, by_hash=True), (x, table, ids), moved)
+        return Example(partial(_plain, by_hash=True), (x, table, ids), moved, slack)
     bias = torch.randn(sizes.experts, device=device) * 0.1
-    return Example(partial(_plain, top_k=sizes.top_k), (x, bias), moved + bias.nbytes)
+    inputs = (x, bias)
+    return Example(partial(_plain, top_k=sizes.top_k), inputs, moved + bias.nbytes, slack)
 
 
 def _plain(x: Tensor, *rest: Tensor, by_hash: bool = False, top_k: int = 0) -> tuple[Tensor, ...]:

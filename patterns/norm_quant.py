@@ -110,6 +110,7 @@ def _candidate(site: Site, numerics: str) -> Candidate:
         variant="two norms" if site.kv else "quant",
         tokens=math.prod(site.norm.node.meta["val"].shape[:-1]),
         loose=site.quant.loose.union(*(h.env.loose for h in site.norms.values())),
+        code=site.quant.distances,  # the mean, in another order
         detail={"parts": steps},
     )
 

@@ -22,6 +22,11 @@ SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 TOKENS = [1, 3, 127, 129] + ([1500] if GPU else [])
 
 
+def huge(test):
+    """A test that takes tens of gigabytes of a GPU, by one process at a time."""
+    return pytest.mark.xdist_group("gigabytes")(pytest.mark.gpu(test))
+
+
 def drawn(examples: int) -> settings:
     """So many examples, for an interpreted kernel takes long; on a GPU with HYPOTHESIS_PROFILE=long
     as many as that profile has (``--hypothesis-show-statistics`` counts them)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -95,6 +96,15 @@ def _fresh_dynamo():
 def _seeded():
     """A test draws the same numbers alone as after others: which share a process is chance."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_pool():
+    """Processes that share a GPU: none keeps the gigabytes of a test that is over."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def gpu_too(fn):
 
 # batch, tokens, heads, keys; each query's own keys. Heads that fill no 64 rows, in part or twice.
 CELLS = [(1, 3, 64, 129, False), (2, 5, 16, 65, False), (1, 2, 96, 1, False),
-         (1, 2, 33, 70, True)] + (
+         (1, 2, 33, 70, True), (1, 2, 16, 70, True)] + (
     [(1, n, 64, t, False) for n, t in ((1, 3), (3, 127), (127, 129), (129, 1000), (1000, 1003))]
     + [(2, 77, 128, 900, False), (3, 129, 16, 1500, False), (1, 300, 8, 64, False)] if GPU else []
 )  # fmt: skip
@@ -92,7 +92,8 @@ def test_no_keys():
 @gpu_too
 def test_chosen_keys(near, paged, wrap, kind):
     """Indices out of range are no keys; pages; near keys in front; a mask over both."""
-    b, s, h, n, k = (2, 130, 64, 900, 200) if GPU else (2, 3, 64, 40, 70)
+    h = 16 if paged else 64
+    b, s, n, k = (2, 130, 900, 200) if GPU else (2, 3, 40, 70)
     q, far, sinks = rand(b, s, h, 512), rand(4 if paged else b, n, 512), rand(h, dtype=FP32)
     beside = rand(b, near, 512) if near else None
     index = torch.randint(-3, n + 2, (b, s, k), device=DEVICE)

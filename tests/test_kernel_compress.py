@@ -21,6 +21,7 @@ from ._kernels import (
     FP32,
     MARKS,
     drawn,
+    huge,
     poisoned,
     rand,
     same,
@@ -289,7 +290,7 @@ def test_many_entries(count):
     assert worst(compress.compress_kv(*given.all(), **how), exact(given, **how)) <= 2
 
 
-@pytest.mark.gpu
+@huge
 @pytest.mark.parametrize("sizes", [(4, 4, 512), (128, 0, 96)])
 def test_offsets_past_2_31(sizes, far=2**30 + 512):
     """Pages so far apart that the third one starts past 2^31 elements, read and written."""

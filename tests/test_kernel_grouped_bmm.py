@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, drawn, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, drawn, huge, rand, same, tables
 
 pytestmark = MARKS
 TOKENS = [1, 3, 4, 5, 127, 128, 129] + ([1000, 1500] if GPU else [])
@@ -224,7 +224,7 @@ def test_single_groups_as_the_batch(tokens):
     assert ((a - b).abs() <= 2 * torch.finfo(BF16).eps * b.abs().amax(-1, keepdim=True)).all()
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 @pytest.mark.parametrize("strategy", grouped.STRATEGIES)
 def test_offsets_past_2_31(strategy, tokens=66000):
     """66000 rows of 64 × 512; the last rows must be their own."""

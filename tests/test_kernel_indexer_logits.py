@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, MARKS, TOKENS, drawn, poisoned
+from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, MARKS, TOKENS, drawn, huge, poisoned
 
 pytestmark = MARKS
 INF = float("-inf")
@@ -241,7 +241,7 @@ def test_peak_memory():
     assert torch.cuda.max_memory_allocated() - before - out.nbytes < 64 << 20
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 def test_offsets_past_2_31():
     tokens, keys = 70000, 32768
     q, k, w = made(1, tokens, keys, 2, 16)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, TOKENS, drawn, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, MARKS, TOKENS, drawn, huge, rand, same, tables
 
 pytestmark = MARKS
 
@@ -167,7 +167,7 @@ def test_what_it_does_not_take(change, sentence):
         m.indexer_q(x, cos, sin, rope_rounding="once", **change)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 def test_offsets_past_2_31(tokens=2**18 + 3):
     x = torch.zeros(1, tokens, 64, 128, dtype=BF16, device=DEVICE)
     cos, sin = tables(1, tokens, 64)

@@ -9,7 +9,7 @@ from dsv4fuse.kernels import inv_rope_quant as inv
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, GPU, MARKS, rand, same, tables
+from ._kernels import BF16, DEVICE, GPU, MARKS, huge, rand, same, tables
 
 pytestmark = MARKS
 
@@ -127,7 +127,7 @@ def test_no_tokens(shape):
         same(got[1], want[1])
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 def test_offsets_past_2_31():
     """40000 rows of 64 × 512 pass 2^31 elements; the last rows must land where they belong."""
     tokens = 66000

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, drawn, rand, same, summed
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, close, drawn, huge, rand, same, summed
 from .test_kernel_norm_rope import eager_every
 from .test_kernel_swiglu import check_padding
 
@@ -170,7 +170,7 @@ def test_no_tokens():
     assert [tuple(t.shape) for t in got] == [(0, 128), (0, 2), (0, 128), (0, 64)]
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 def test_offsets_past_2_31(far=2**30 + 64, tokens=2**21 + 5):
     """Rows far apart; and so many rows that codes and the kept norm pass 2^31 elements."""
     apart = torch.empty_strided((3, 128), (far, 1), dtype=BF16, device=DEVICE).copy_(rand(3, 128))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv4fuse import atoms
 
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, drawn, poisoned, rand, same, tables
+from ._kernels import BF16, DEVICE, FP16, FP32, MARKS, drawn, huge, poisoned, rand, same, tables
 from .test_kernel_norm_rope import check_rows, exact_norm_rope
 
 pytestmark = MARKS
@@ -180,8 +180,7 @@ def test_no_tokens():
     assert (cache == 777).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@huge
 def test_more_than_2_to_the_31_elements():
     """70 000 rows of 64 heads, and a cache whose last page starts past 2^31 elements."""
     tokens = 70_000

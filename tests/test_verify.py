@@ -106,6 +106,17 @@ def test_codes_behind_a_sum_in_another_order():
     assert code_distance({"saturate": True}) == 32 / 448
 
 
+def test_scales_behind_a_sum_in_another_order():
+    """A value of 16 bits that turns is a step of 16 bits in an fp32 scale, and not more."""
+    largest = torch.tensor([[1.5, 3.0]], dtype=torch.bfloat16)
+    next_one, next_but_two = ((largest.view(torch.int16) + n).view(largest.dtype) for n in (1, 3))
+    scales, turned, wrong = (t.float() / 448 for t in (largest, next_one, next_but_two))
+    step = torch.finfo(torch.bfloat16).eps
+    assert verify._differ(scales, turned, scales, "faithful", step) is None
+    assert verify._differ(scales, turned, scales, "faithful", 0.0)
+    assert verify._differ(scales, wrong, scales, "faithful", step)
+
+
 def test_wide_results_are_not_counted():
     """In fp32 a sum in another order turns most of them."""
     x = torch.linspace(1, 2, 96)
