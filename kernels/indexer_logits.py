@@ -149,7 +149,7 @@ def indexer_logits_kernel(
         k = tl.load(k_ptr + b * k_sb + key.to(tl.int64)[:, None] * k_st + lane[None, :],
                     mask=live[:, None], other=0.0)  # fmt: skip
         if WIDEN or INTERPRET:
-            k = k.to(tl.float32 if INTERPRET else tl.bfloat16)
+            k = k.to(tl.float32 if INTERPRET else tl.float16)
         k_scale = 1.0
         if HAS_KS:
             k_scale = tl.load(ks_ptr + b * ks_sb + key * ks_st, mask=live, other=0.0)
@@ -163,7 +163,7 @@ def indexer_logits_kernel(
             q = tl.load(q_at + (token * q_st)[:, None], mask=there[:, None], other=0.0)
             w = tl.load(w_ptr + b * w_sb + token * w_st + head * w_sh, mask=there, other=0.0)
             if WIDEN or INTERPRET:
-                q = q.to(tl.float32 if INTERPRET else tl.bfloat16)
+                q = q.to(tl.float32 if INTERPRET else tl.float16)
             dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             y = _weighted(dots, w.to(tl.float32), k_scale, q_ptr.dtype.element_ty, SCALE,
                           SCALE_DOTS, ROUNDING, PRECISE)  # fmt: skip

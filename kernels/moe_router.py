@@ -46,8 +46,8 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 )
 HASH_CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (64, Config(rows=1, warps=1)),
-    (1024, Config(rows=4, warps=1)),
-    (None, Config(rows=16, warps=2)),
+    (1024, Config(rows=4, warps=4)),
+    (None, Config(rows=16, warps=4)),
 )
 
 

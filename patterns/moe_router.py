@@ -40,7 +40,7 @@ def _scores(node: fx.Node, root: Term) -> Iterator[Spec]:
         return
     sources = (out, *NARROW) if out == F32 else (out,)
     for scores in sources if root.op == "add" else (out,):
-        for logits in (scores, *NARROW) if scores == F32 else (scores,):
+        for logits in (*NARROW, F32) if scores == F32 else (scores,):
             for bias in (scores, F32) if root.op == "add" else (None,):
                 if bias is not None and torch.promote_types(scores, bias) != out:
                     continue
