@@ -87,24 +87,26 @@ def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
     strides = [hint(s) for s in fake.stride()]
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     extent = 1 if 0 in shape else extent
-    generator = torch.Generator().manual_seed(len(node.name) + 1000 * draw)
+    # Where they will be used: a CPU takes seconds for the numbers of a long prompt.
+    generator = torch.Generator(fake.device).manual_seed(len(node.name) + 1000 * draw)
+    drawn: dict[str, Any] = {"generator": generator, "device": fake.device}
     if fake.dtype.is_complex:
-        angle = torch.rand(extent, generator=generator) * 6.3
+        angle = torch.rand(extent, **drawn) * 6.3
         flat = torch.polar(torch.ones_like(angle), angle).to(fake.dtype)
     elif fake.dtype.is_floating_point:
         size = candidate.spread.get(node, 2.0)
-        flat = torch.randn(extent, generator=generator).mul_(size)
+        flat = torch.randn(extent, **drawn).mul_(size)
         _diminish(flat, shape, strides)
         flat = flat.to(fake.dtype)
     elif fake.dtype == torch.bool:
-        flat = torch.rand(extent, generator=generator) < 0.5
+        flat = torch.rand(extent, **drawn) < 0.5
     elif node in candidate.reads:
         bound = hint(candidate.reads[node])
-        flat = torch.randint(bound, (extent,), generator=generator).to(fake.dtype)
+        flat = torch.randint(bound, (extent,), **drawn).to(fake.dtype)
     else:
         values = _indices(shape, *candidate.places.get(node, (1, None)))
         return values.to(fake.dtype).to(fake.device)
-    return flat.to(fake.device).as_strided(shape, strides)
+    return flat.as_strided(shape, strides)
 
 
 def _diminish(flat: Tensor, shape: list[int], strides: list[int]) -> None:
