@@ -7,6 +7,7 @@ pass of Inductor's own; 2.11 and 2.12 take one callable, lists only from 2.13.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -143,6 +145,29 @@ def trace_fused(
             stack.enter_context(mode)
         table = select_decomp_table()
         return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
+
+
+@functools.cache
+def takes_large_numbers() -> bool:
+    """Can Inductor compile the launch of a kernel that takes a number from 2^31 on? That of torch
+    2.11 looks for symbols in it."""
+    env = ShapeEnv()
+    asked = env.has_guarding_hint if hasattr(env, "has_guarding_hint") else env.has_hint
+    try:
+        return bool(asked(1 << 31))
+    except AttributeError:
+        return False
+
+
+def large_number(graph: fx.Graph) -> int | None:
+    """A number that a launch in the graph takes and Inductor cannot compile, if there is one."""
+    launches = [n for n in graph.nodes if "constant_args_idx" in n.kwargs]
+    if takes_large_numbers() or not launches:
+        return None
+    constants = (kernel_side_table.get_constant_args(n.kwargs["constant_args_idx"])
+                 for n in launches)  # fmt: skip
+    numbers = (v for given in constants for v in given.values() if isinstance(v, int))
+    return next((v for v in numbers if v >= 1 << 31), None)
 
 
 def packaging() -> bool:

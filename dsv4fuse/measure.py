@@ -1,9 +1,9 @@
 """Times of one site, taken on the spot: Inductor's code for the user's own nodes, and the fused op.
 
-Both are compiled from the same random inputs of the site's real shapes and strides, checked by
-``verify`` before, and replayed under a CUDA graph (on a CPU: called). Times are remembered for
-the process and, as JSON beside the reports, for later ones with the same sources, versions and
-device.
+Both begin with the pointwise values that only the site reads (``front``), are compiled from the
+same random inputs of the site's real shapes and strides, checked by ``verify`` before, and replayed
+under a CUDA graph (on a CPU: called). Times are remembered for the process and, as JSON beside the
+reports, for later ones with the same sources, versions and device.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ Times = tuple[float, float]  # µs: Inductor, ours
 _known: dict[str, Times | str] = {}
 
 
-def times(candidate: Candidate, region: list[fx.Node], options: Options) -> Times | str:
+def times(
+    candidate: Candidate, region: list[fx.Node], front: list[fx.Node], options: Options
+) -> Times | str:
     """(Inductor's µs, ours) for this site, or a sentence why it could not be measured."""
-    site = repr((candidate.fusion, verify.signature(candidate, region)))
+    site = repr((candidate.fusion, verify.signature(candidate, [*front, *region])))
     key = hashlib.sha256((site + cache.pass_uuid(options, "times")).encode()).hexdigest()
     if key not in _known:
         stored = cache.load_times(key)
         if stored is None:
             with compat.outside_compilation():
-                _known[key] = _measured(candidate, region)
+                _known[key] = _measured(candidate, region, front)
             if not isinstance(_known[key], str):
                 cache.save_times(key, _known[key])  # type: ignore[arg-type]
         else:
@@ -48,8 +50,8 @@ def forget() -> None:
     _known.clear()
 
 
-def _measured(candidate: Candidate, region: list[fx.Node]) -> Times | str:
-    leaves = samples.leaves(candidate, region)
+def _measured(candidate: Candidate, region: list[fx.Node], front: list[fx.Node]) -> Times | str:
+    leaves = [n for n in samples.leaves(candidate, [*front, *region]) if n not in front]
     made = samples.draw(candidate, leaves) or {}
     values = [made[n] for n in leaves]
     tensors = [n for n, v in zip(leaves, values, strict=True) if isinstance(v, Tensor)]
@@ -58,13 +60,14 @@ def _measured(candidate: Candidate, region: list[fx.Node]) -> Times | str:
 
     def plain(*given: Tensor) -> list[Tensor]:
         env = {**numbers, **dict(zip(tensors, given, strict=True))}
-        env = exact.run(region, env, (*candidate.outputs, *candidate.updates))
+        env = exact.run([*front, *region], env, (*candidate.outputs, *candidate.updates))
         for place, update in zip(caches, candidate.updates, strict=True):
             given[place].copy_(env[update])
         return [env[n] for n in candidate.outputs]
 
     def fused(*given: Tensor) -> list[Tensor]:
         env = {**numbers, **dict(zip(tensors, given, strict=True))}
+        env = exact.run(front, env, candidate.inputs)
         return list(candidate.call(*(env[n] for n in candidate.inputs)))
 
     inputs = [v for v in values if isinstance(v, Tensor)]

@@ -10,6 +10,7 @@ from collections import Counter
 from torch import fx
 
 from dsv4fuse import chaining, clock, compat, garbage, rewrite, select, trial, tuning, verify
+from dsv4fuse.front import in_front
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
@@ -82,7 +83,8 @@ def _plans_ahead(
     for candidate, region in waiting:
         on_gpu = candidate.root.meta["val"].is_cuda and candidate.unsupported is None
         if on_gpu and not covered.issuperset(region):
-            take = select.decide(candidate, options).take
+            front = in_front(candidate, region, covered)
+            take = select.decide(candidate, options, bool(front)).take
             run += [candidate] if take is None or take and options.verify else []
         covered.update(region)
     if not run:
@@ -120,7 +122,8 @@ def _planned(
         if revived:
             sites.append(_site(candidate, "declined", revived))
             continue
-        candidate, status, reason, traced = _decide(candidate, region, options, plans)
+        front = in_front(candidate, region, set().union(*(nodes for _, nodes in gone)))
+        candidate, status, reason, traced = _decide(candidate, region, front, options, plans)
         if traced is not None:
             planned.append((candidate, traced))
             gone.append((candidate, set(region)))
@@ -200,10 +203,11 @@ def _revived(
 
 
 def _decide(
-    candidate: Candidate, region: list[fx.Node], options: Options, plans: dict[str, fx.GraphModule]
-) -> tuple[Candidate, str, str, fx.GraphModule | None]:
+    candidate: Candidate, region: list[fx.Node], front: list[fx.Node], options: Options,
+    plans: dict[str, fx.GraphModule],
+) -> tuple[Candidate, str, str, fx.GraphModule | None]:  # fmt: skip
     """The candidate (with the times it was chosen by), its status, the reason, the plan."""
-    verdict = select.decide(candidate, options)
+    verdict = select.decide(candidate, options, bool(front))
     if verdict.take is False:
         return _timed(candidate, verdict), "declined", verdict.why, None
     if options.autotune:
@@ -216,7 +220,7 @@ def _decide(
         return candidate, "declined", str(error), None
     if not options.verify and verdict.take:
         return _timed(candidate, verdict), "taken", "", traced
-    found, record = trial.run(candidate, region, options, verdict.take is None)
+    found, record = trial.run(candidate, region, front, options, verdict.take is None)
     detail = {**candidate.detail, "found": record}
     if found.large:
         detail["check"] = verify.UNCHECKED

@@ -49,6 +49,9 @@ def plan(candidate: Candidate) -> fx.GraphModule:
         traced = compat.trace_fused(fused, fakes, like, keep_ops=kept)
     except ValueError as error:  # what a kernel's own checks raise
         raise Declined(str(error).strip()) from error
+    large = compat.large_number(traced.graph)
+    if large is not None:
+        raise Declined(f"torch {torch.__version__} cannot compile its launch, which takes {large}.")
     results = next(n for n in traced.graph.nodes if n.op == "output").args[0]
     for old, new in zip((*candidate.outputs, *candidate.updates), results, strict=True):
         _same(old, new)

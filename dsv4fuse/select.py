@@ -3,8 +3,9 @@
 ``kernels/<stem>.json`` holds what ``python -m dsv4fuse bench`` measured on one GPU; with
 ``select="auto"`` a site is taken where its variant was faster there at the nearest token counts.
 Where nothing was measured, and for ``select="measure"``, the site itself is timed (``measure``).
-So it is where the time hangs on more than tokens (``Fusion.varied``), or nothing was measured of
-sizes like the site's, and the table's time is not far from Inductor's.
+So it is where the time hangs on more than tokens (``Fusion.varied``), or on what is in front of the
+site (``front``), or nothing was measured of sizes like the site's, and the table's time is not far
+from Inductor's.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Verdict:
     times: Mapping[str, object] = field(default_factory=dict)
 
 
-def decide(candidate: Candidate, options: Options) -> Verdict:
-    """The verdict on a site before anything is run."""
+def decide(candidate: Candidate, options: Options, front: bool = False) -> Verdict:
+    """The verdict on a site before anything is run; ``front``: Inductor would inline its inputs."""
     if options.select == "always":
         return Verdict(True)
     if options.select == "never":
@@ -57,7 +58,7 @@ def decide(candidate: Candidate, options: Options) -> Verdict:
     capability = list(torch.cuda.get_device_capability(next(iter(devices))))
     if data is None or data["capability"] != capability:
         return Verdict(None)
-    return _by_table(data, candidate)
+    return _by_table(data, candidate, front)
 
 
 def compare(times: tuple[float, float]) -> Verdict:
@@ -78,7 +79,7 @@ def measured(fusion: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _by_table(data: dict[str, Any], candidate: Candidate) -> Verdict:
+def _by_table(data: dict[str, Any], candidate: Candidate, front: bool) -> Verdict:
     """What was measured of the site's variant at the nearest sizes."""
     tokens = max(1, compat.hint(candidate.tokens))
     rows = [r for r in data["rows"] if r["variant"] == candidate.variant]
@@ -93,7 +94,7 @@ def _by_table(data: dict[str, Any], candidate: Candidate) -> Verdict:
     at = f"at {worst['tokens']} tokens ({data['gpu']}, {data['date']})"
     shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": data["date"]}
     inductor, ours = worst["inductor"], worst["ours"]
-    if (registry()[candidate.fusion].varied or not alike) and ours > CLEAR * inductor:
+    if (registry()[candidate.fusion].varied or front or not alike) and ours > CLEAR * inductor:
         return Verdict(None)
     if ours > SLOWER * inductor:
         why = f"Inductor is faster here: {inductor:.2f} µs against {ours:.2f} µs {at}."

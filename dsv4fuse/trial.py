@@ -48,20 +48,24 @@ class Finding:
 
 
 def run(
-    candidate: Candidate, region: list[fx.Node], options: Options, timed: bool
-) -> tuple[Finding, dict[str, object]]:
-    """The job's finding on a site, and the record by which a later process can ask whether that
-    is still what the job it is part of found (``stale``)."""
-    site = repr((candidate.fusion, timed, verify.signature(candidate, region)))
+    candidate: Candidate, region: list[fx.Node], front: list[fx.Node], options: Options,
+    timed: bool,
+) -> tuple[Finding, dict[str, object]]:  # fmt: skip
+    """The job's finding on a site, timed with what is in ``front`` of it, and the record by which a
+    later process can ask whether that is still what the job it is part of found (``stale``)."""
+    site = repr((candidate.fusion, timed, verify.signature(candidate, [*front, *region])))
     key = hashlib.sha256((site + cache.pass_uuid(options, "finding")).encode()).hexdigest()
-    own = _found(candidate, region, options, timed and not ranks.known(key))
+    own = _found(candidate, region, front, options, timed and not ranks.known(key))
     found = Finding.read(ranks.agreed(key, asdict(own)))
     if own.wrong not in (None, verify.NO_MEMORY):
         found = own
     return found, {"key": key, **asdict(found)}
 
 
-def _found(candidate: Candidate, region: list[fx.Node], options: Options, timed: bool) -> Finding:
+def _found(
+    candidate: Candidate, region: list[fx.Node], front: list[fx.Node], options: Options,
+    timed: bool,
+) -> Finding:  # fmt: skip
     wrong = times = None
     with clock.step("checking"):
         if verify.too_large(candidate, region):
@@ -70,7 +74,7 @@ def _found(candidate: Candidate, region: list[fx.Node], options: Options, timed:
             wrong = verify.check(candidate, region, options.numerics)
     if timed and wrong is None:
         with clock.step("timing"):
-            times = measure.times(candidate, region, options)
+            times = measure.times(candidate, region, front, options)
     return Finding(wrong=wrong, times=times)
 
 

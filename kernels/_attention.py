@@ -14,7 +14,7 @@ from . import _common as common
 from . import _flash_hopper_op as hopper
 from ._common import cdiv
 from ._flash import BARRED, attention_kernel, live_tiles_kernel, merge_kernel
-from ._flash_arguments import MASKS, Keys, Mask, arguments, live_tiles, same  # noqa: F401
+from ._flash_arguments import MASKS, Keys, Mask, arguments, live_tiles  # noqa: F401
 from ._launch import wrap_triton
 
 

@@ -277,6 +277,23 @@ def require_fp8(device: torch.device) -> None:
         require(found >= (8, 9), f"fp8 e4m3 needs compute capability 8.9, this GPU has {found}")
 
 
+def is_one(size: int | torch.SymInt) -> bool:
+    """Known to be 1, without a guard."""
+    return not isinstance(size, torch.SymInt) and size == 1
+
+
+def strides(t: Tensor) -> tuple[int | torch.SymInt, ...]:
+    """As kernels take them: 0 along an axis of one, where it says nothing and may be anything.
+    Torch 2.11 cannot compile the launch of a kernel that takes a number from 2^31 on."""
+    return tuple(0 if is_one(n) else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def named_strides(t: Tensor | None, name: str, axes: str) -> dict[str, int | torch.SymInt]:
+    """``name_s?`` for each of the first axes; 0 for no tensor."""
+    steps = [0] * len(axes) if t is None else strides(t)
+    return {f"{name}_s{axis}": step for axis, step in zip(axes, steps, strict=False)}
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements; an expanded axis (stride 0) counts once."""
     pairs = [(t, zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None]

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._common import cdiv
+from ._common import cdiv, is_one, named_strides
 
 MASKS = {"add": 1, "allowed": 2, "hidden": 3}
 
@@ -37,7 +36,7 @@ class Keys:
     @property
     def own(self) -> bool:
         """Has each query keys of its own?"""
-        return self.index is not None or (self.kv is not None and not same(self.kv.shape[1], 1))
+        return self.index is not None or (self.kv is not None and not is_one(self.kv.shape[1]))
 
     @property
     def near(self) -> int:
@@ -51,8 +50,8 @@ class Keys:
             near=self.near, far=0 if index is None else index.shape[2],
             rows=0 if far is None else far.shape[1],
             pages=q.shape[0] if far is None or page is None else far.shape[0],
-            **_strides(kv, "kv", "bst"), **_strides(far, "far", "bt"),
-            **_strides(index, "i", "bsk"), **_strides(page, "p", "bs"),
+            **named_strides(kv, "kv", "bst"), **named_strides(far, "far", "bt"),
+            **named_strides(index, "i", "bsk"), **named_strides(page, "p", "bs"),
             NEAR=kv is not None, FAR=index is not None, PAGED=page is not None, WRAP=self.wrap,
         )  # fmt: skip
 
@@ -64,8 +63,8 @@ def arguments(
     """What both attention kernels take."""
     m = mask.tensor if mask else None
     return dict(
-        q_ptr=q, sink_ptr=sinks, out_ptr=out, mask_ptr=_or(m, q), **_strides(q, "q", "bsh"),
-        **keys.arguments(q), **_strides(out, "o", "bsh"), **_strides(m, "m", "bst"),
+        q_ptr=q, sink_ptr=sinks, out_ptr=out, mask_ptr=_or(m, q), **named_strides(q, "q", "bsh"),
+        **keys.arguments(q), **named_strides(out, "o", "bsh"), **named_strides(m, "m", "bst"),
         sink_sh=sinks.stride(0), length=q.shape[1], blocks=cdiv(q.shape[1], tokens),
         HEADS=q.shape[2], TOKENS=tokens, WIDTH=width, SCALE=scale,
         MASK=MASKS[mask.kind] if mask else 0,
@@ -80,18 +79,5 @@ def live_tiles(numbers: tuple[Tensor | None, Tensor | None] | None, q: Tensor) -
     return dict(tiles_ptr=_or(tiles, q), count_ptr=_or(counts, q), LIST=tiles is not None)
 
 
-def same(size: int | torch.SymInt, value: int) -> bool:
-    """Known to be the value, without a guard."""
-    return not isinstance(size, torch.SymInt) and size == value
-
-
 def _or(t: Tensor | None, other: Tensor) -> Tensor:
     return other if t is None else t
-
-
-def _strides(t: Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """``name_s?`` of each leading axis: 0 along one of size one, and for no tensor."""
-    steps = [0] * len(axes) if t is None else t.stride()
-    sizes = [1] * len(axes) if t is None else t.shape
-    return {f"{name}_s{a}": 0 if same(n, 1) else s
-            for a, s, n in zip(axes, steps, sizes, strict=False)}  # fmt: skip

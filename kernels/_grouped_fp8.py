@@ -10,6 +10,7 @@ from dsv4fuse import atoms
 
 from . import _common as common
 from . import inv_rope_quant as rope
+from ._common import named_strides
 from ._grouped import grouped_fp8_kernel
 from ._launch import wrap_triton
 from ._projection import TILES, allocate, check, columns_of, output, product, weights
@@ -57,10 +58,9 @@ def launch(
     grid = (groups * common.cdiv(tokens, tile.rows) * common.cdiv(n, columns),)
     wrap_triton(grouped_fp8_kernel)[grid](
         a_ptr=codes, as_ptr=scales, w_ptr=w, ws_ptr=w_scale, out_ptr=out, tokens=tokens,
-        a_st=codes.stride(0), a_sg=codes.stride(1), as_sg=scales.stride(0),
-        as_sk=scales.stride(1), w_sg=w.stride(0), w_sn=w.stride(1), ws_sg=w_scale.stride(0),
-        ws_sn=w_scale.stride(1), ws_sk=w_scale.stride(2), out_sg=out.stride(1),
-        out_st=out.stride(0), K=k, N=n, SN=sn, SK=sk, BM=tile.rows, BN=columns,
+        **named_strides(codes, "a", "tg"), **named_strides(scales, "as", "gk"),
+        **named_strides(w, "w", "gn"), **named_strides(w_scale, "ws", "gnk"),
+        **named_strides(out, "out", "tg"), K=k, N=n, SN=sn, SK=sk, BM=tile.rows, BN=columns,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

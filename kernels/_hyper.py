@@ -97,7 +97,7 @@ def launch(
     wrap_triton(finish_kernel)[(weights + tokens * math.ceil(d / block),)](
         x, partial, scale, base, x if norm is None or norm.weight is None else norm.weight,
         some, some if normed_y is None else normed_y, some if post is None else post,
-        some if comb is None else comb, tokens, weights, x.stride(0), x.stride(1),
+        some if comb is None else comb, tokens, weights, *common.strides(x)[:2],
         D=d, BLOCK=block, OUT=outputs, N=n, GROUPS=c.groups, CHUNKS=1 if config.whole else c.chunks,
         ROWS=config.rows,
         ITERS=iters, NORM_EPS=norm_eps, EPS=eps,
@@ -116,7 +116,7 @@ def _partial(x: Tensor, fn: Tensor, config: Launch, n: int) -> Tensor:
     partial = x.new_empty((parts, tokens, n), dtype=torch.float32)
     factor = thirds_of(fn) if config.ready else fn
     wrap_triton(mixes_kernel)[(parts * common.cdiv(tokens, TOKENS),)](
-        x, factor, partial, tokens, x.stride(0), x.stride(1), factor.stride(-2),
+        x, factor, partial, tokens, *common.strides(x)[:2], common.strides(factor)[-2],
         D=d, OUT=fn.shape[0], N=n, STEP=c.step, CHUNKS=c.chunks if config.whole else 1,
         PARTS=parts, TOKENS=TOKENS, READY=config.ready, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def thirds_of(fn: Tensor) -> Tensor:
     made = fn.new_empty((3, *fn.shape), dtype=torch.bfloat16)
     size, block = fn.shape[0] * fn.shape[1], 1024
     wrap_triton(split_kernel)[(common.cdiv(size, block),)](
-        fn, made, size, fn.stride(0), K=fn.shape[1], BLOCK=block, num_warps=4
+        fn, made, size, common.strides(fn)[0], K=fn.shape[1], BLOCK=block, num_warps=4
     )
     return made
 

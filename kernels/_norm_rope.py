@@ -93,10 +93,6 @@ def _dtype(t: Tensor, rank: int, sum_dtype: torch.dtype | None) -> torch.dtype:
     return t.dtype if t.dim() == rank else sum_dtype or t.dtype
 
 
-def strides(t: Tensor | None, prefix: str, axes: str) -> dict[str, int | torch.SymInt]:
-    return {f"{prefix}_s{axis}": 0 if t is None else t.stride(i) for i, axis in enumerate(axes)}
-
-
 def cache_arguments(
     cache: Tensor | None, slot: Tensor | None, seq: Tensor | None, slot_start: int,
     seq_start: int, flat_slot: bool, wrap: bool, kv_dtype: torch.dtype, packed: Packed | None,
@@ -110,14 +106,14 @@ def cache_arguments(
         common.require(cache.stride(-1) == 1, "the last axis of the cache must be dense")
         common.require(paged or not flat_slot, "slots count through pages of a [P, N, D] cache")
     rows = 1 if cache is None else packed.page if packed else cache.shape[-2]
-    step = 0 if cache is None else packed.row if packed else cache.stride(-2)
+    step = 0 if cache is None else packed.row if packed else common.strides(cache)[-2]
     return dict(
         cache_ptr=filler if cache is None else cache,
         slot_ptr=filler if slot is None else slot,
         seq_ptr=filler if seq is None else seq,
         pages=cache.shape[0] if paged else 1, slots=rows,
-        cache_sp=cache.stride(0) if paged else 0, cache_sn=step,
-        **strides(slot, "slot", "bs"), **strides(seq, "seq", "bs"),
+        cache_sp=common.strides(cache)[0] if paged else 0, cache_sn=step,
+        **common.named_strides(slot, "slot", "bs"), **common.named_strides(seq, "seq", "bs"),
         slot_start=slot_start, seq_start=seq_start,
         scales_at=packed.scales if packed else 0, scales_step=packed.step if packed else 0,
         HAS_CACHE=cache is not None, PAGED=paged, HAS_SLOT=slot is not None,
@@ -149,9 +145,9 @@ def _row_arguments(
     return {
         f"{name}_ptr": filler if x is None else x,
         f"{name}_w_ptr": filler if weight is None else weight,
-        f"{name}_sk": x.stride(0) if split else 0,
+        f"{name}_sk": common.strides(x)[0] if split else 0,
         f"{up}_SPLIT": x.shape[0] if split else 1, f"{up}_TYPE": TYPES[dtype],
-        **{f"{name}_s{a}": 0 if x is None else x.stride(i - len(axes) - 1)
+        **{f"{name}_s{a}": 0 if x is None else common.strides(x)[i - len(axes) - 1]
            for i, a in enumerate(axes)},
         f"HAS_{up}": x is not None, f"{up}_W": weight is not None,
         f"{up}_NORM": common.NORMS[norm], f"{up}_EPS": eps, f"{up}_EVERY": every,
@@ -187,8 +183,8 @@ def launch(
         **_row_arguments(q, "q", cos, q_weight, q_norm, q_eps, q_every, "bsh", sum_dtype),
         **_row_arguments(kv, "kv", cos, kv_weight, kv_norm, kv_eps, kv_every, "bs",
                          sum_dtype),
-        **strides(None if q is None else q_out, "qo", "bsh"),
-        **strides(cos, "cos", "bsd"), **strides(sin, "sin", "bsd"),
+        **common.named_strides(None if q is None else q_out, "qo", "bsh"),
+        **common.named_strides(cos, "cos", "bsd"), **common.named_strides(sin, "sin", "bsd"),
         **cache_arguments(cache, slot, seq, slot_start, seq_start, flat_slot, wrap, kv_out.dtype,
                            packed, x),
         **quant_arguments(x, d - 2 * half, quant_group, quant_floor, quant_scale, via),

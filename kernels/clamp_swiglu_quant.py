@@ -160,12 +160,13 @@ def _launch(
     config = common.launch_config(CONFIGS, tokens)
     block = column_block(columns, config.columns, group)
     padded = common.align4(tokens) if col_major else tokens
-    scale_strides = (1, scales.stride(0)) if col_major else scales.stride()
+    scale_strides = (1, scales.stride(0)) if col_major else common.strides(scales)
     grid = (common.cdiv(padded, config.rows) * common.cdiv(columns, block),)
     steps = rounding == "silu" and not precise
     wrap_triton(clamp_swiglu_kernel)[grid](
         gate, up, gate if weight is None else weight, out, scales, tokens, padded,
-        *gate.stride(), *up.stride(), 0 if weight is None else weight.stride(0),
+        *common.strides(gate), *common.strides(up), 
+        0 if weight is None else common.strides(weight)[0],
         *scale_strides,
         COLUMNS=columns, BLOCK=block, ROWS=config.rows, LIMIT=0.0 if limit is None else limit,
         HAS_LIMIT=limit is not None, PAIRS=_pairs(gate.dtype, limit, steps),

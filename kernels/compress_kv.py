@@ -61,7 +61,7 @@ def _tensors(ends: Tensor | None, filler: Tensor, **given: Tensor | None) -> dic
     out: dict[str, object] = {}
     for name, t in given.items():
         out[f"{name}_ptr"] = filler if t is None else t
-        out |= {f"{name}_ss": 0} | host.strides(t, name, "bsw" if ends is None else "bw")
+        out |= {f"{name}_ss": 0} | common.named_strides(t, name, "bsw" if ends is None else "bw")
     return out
 
 
@@ -98,14 +98,14 @@ def launch(
         ),
         **host.quant_arguments(kv, z.dim if quant_fp4 else z.dim - 2 * z.half, quant_group,
                                quant_floor, quant_scale, via, not quant_fp4),
-        **host.strides(ends, "ends", "bs"), **host.strides(page, "page", "bs"),
-        **host.strides(cos, "cos", "bsd"), **host.strides(sin, "sin", "bsd"),
-        bias_ptr=kv if bias is None else bias, bias_sw=0 if bias is None else bias.stride(0),
+        **common.named_strides(ends, "ends", "bs"), **common.named_strides(page, "page", "bs"),
+        **common.named_strides(cos, "cos", "bsd"), **common.named_strides(sin, "sin", "bsd"),
+        bias_ptr=kv if bias is None else bias, **common.named_strides(bias, "bias", "w"),
         biasb_ptr=kv if bias_before is None else bias_before,
-        biasb_sw=0 if bias_before is None else bias_before.stride(0),
+        **common.named_strides(bias_before, "biasb", "w"),
         ends_ptr=kv if ends is None else ends, page_ptr=kv if page is None else page,
         w_ptr=kv if weight is None else weight, m_ptr=kv if matrix is None else matrix,
-        **host.strides(matrix, "m", "io"), FACTOR=factor,
+        **common.named_strides(matrix, "m", "io"), FACTOR=factor,
         cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled, out_ptr=out, length=z.count,
         entries=entries, D=z.dim, HALF=z.half, FLAT=common.flat_mode(z.batch, z.count),
         LANES=triton.next_power_of_2(z.count) if few else 0,

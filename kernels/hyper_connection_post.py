@@ -124,9 +124,10 @@ def launch(
     config = common.launch_config(CONFIGS, tokens)
     columns = max(64, min(config.columns, triton.next_power_of_2(d)))
     wrap_triton(post_kernel)[(tokens * common.cdiv(d, columns),)](
-        out, x, post, comb, new, tokens, out.stride(0), *x.stride()[:2], *post.stride(),
-        *comb.stride(), D=d, COLUMNS=columns, EVERY=rounding == "every" and not precise,
-        EXACT=not precise, num_warps=min(config.warps, columns // 64),
+        out, x, post, comb, new, tokens, common.strides(out)[0], *common.strides(x)[:2],
+        *common.strides(post), *common.strides(comb), D=d, COLUMNS=columns,
+        EVERY=rounding == "every" and not precise, EXACT=not precise,
+        num_warps=min(config.warps, columns // 64),
     )  # fmt: skip
     return new
 

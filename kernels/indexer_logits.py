@@ -231,12 +231,13 @@ def _launch(
     c = common.launch_config(CONFIGS[q.element_size()], batch * tokens * keys)
     pad = max(16, triton.next_power_of_2(heads))
     width = max(1, min(c.columns // pad, c.tokens))
-    strides = ((0, 0) if t is None else t.stride() for t in (k_scale, start, end))
+    optional = ((0, 0) if t is None else common.strides(t) for t in (k_scale, start, end))
+    strides = (common.strides(q)[:3], common.strides(k)[:2], common.strides(w), *optional,
+               common.strides(out)[:2])  # fmt: skip
     grid = (common.cdiv(keys, c.keys), common.cdiv(tokens, c.tokens), batch)
     wrap_triton(indexer_logits_kernel)[grid](
         q, k, w, *(w if t is None else t for t in (k_scale, start, end)), out, tokens, keys,
-        *q.stride()[:3], *k.stride()[:2], *w.stride(), *(s for pair in strides for s in pair),
-        *out.stride()[:2],
+        *(s for own in strides for s in own),
         HEADS=heads, PAD=pad, D=d, KEYS=c.keys, TOKENS=c.tokens, DOT=width,
         HAS_KS=k_scale is not None, SCALE_DOTS=scale_dots, HAS_START=start is not None,
         HAS_END=end is not None, CLEAN=clean, SCALE=scale, ROUNDING=ROUNDINGS[rounding],

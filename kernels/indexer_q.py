@@ -151,8 +151,8 @@ def _launch(
     config = common.launch_config(CONFIGS if matrix is None else TURNED, tokens)
     wrap_triton(indexer_q_kernel)[(common.cdiv(tokens * heads, config.rows),)](
         x, cos, sin, x if matrix is None else matrix, out, out if scales is None else scales,
-        tokens, length, *x.stride()[:3], *cos.stride(), *sin.stride(),
-        *((0, 0) if matrix is None else matrix.stride()),
+        tokens, length, *common.strides(x)[:3], *common.strides(cos), *common.strides(sin),
+        *((0, 0) if matrix is None else common.strides(matrix)),
         D=d, HALF=cos.shape[-1], HEADS=heads, ROWS=config.rows,
         FLAT=common.flat_mode(batch, length),
         EVERY=rope_rounding == "every" and not precise and cos.dtype == x.dtype, PRECISE=precise,

@@ -32,6 +32,7 @@ from dsv4fuse import atoms
 
 from . import _common as common
 from . import inv_rope_quant as rope
+from ._common import named_strides
 from ._grouped import grouped_kernel, tail_kernel
 from ._grouped_fp8 import inv_rope_grouped_fp8  # noqa: F401  (registers it beside these)
 from ._launch import wrap_triton
@@ -53,9 +54,8 @@ STRATEGIES = ("prologue", "tail", "copy")
 def _table(o: Tensor, cos: Tensor, sin: Tensor, rope_rounding: str, precise: bool) -> dict:
     common.require_static(heads=o.shape[2], head_dim=o.shape[3], rope_dim=cos.shape[-1])
     every = rope_rounding == "every" and not precise and cos.dtype == o.dtype
-    strides = {f"{n}_s{a}": s for n, t in (("cos", cos), ("sin", sin))
-               for a, s in zip("bsd", t.stride(), strict=True)}  # fmt: skip
-    return dict(cos_ptr=cos, sin_ptr=sin, **strides, length=o.shape[1],
+    return dict(cos_ptr=cos, sin_ptr=sin, **named_strides(cos, "cos", "bsd"),
+                **named_strides(sin, "sin", "bsd"), length=o.shape[1],
                 tokens=o.shape[0] * o.shape[1], FLAT=common.flat_mode(*o.shape[:2]),
                 EVERY=every, PRECISE=precise)  # fmt: skip
 
@@ -67,8 +67,8 @@ def _turn_tail(o: Tensor, out: Tensor | None, table: dict) -> None:
     # Inductor would realise o once more for each argument that it is, hence cos for nothing.
     to, place = (table["cos_ptr"], o) if out is None else (out, out)
     wrap_triton(tail_kernel)[(common.cdiv(batch * length * heads, TAIL_ROWS),)](
-        o_ptr=o, out_ptr=to, o_sb=o.stride(0), o_ss=o.stride(1), o_sh=o.stride(2),
-        r_sb=place.stride(0), r_ss=place.stride(1), r_sh=place.stride(2), **table,
+        o_ptr=o, out_ptr=to, **named_strides(o, "o", "bsh"), **named_strides(place, "r", "bsh"),
+        **table,
         NOPE=d - 2 * half, HALF=half, HEADS=heads, ROWS=TAIL_ROWS, IN_PLACE=out is None,
         num_warps=1,
     )  # fmt: skip
@@ -99,11 +99,9 @@ def _launch(
     wrap_triton(grouped_kernel)[grid](
         o_ptr=o, tail_ptr=nothing if tail is None else tail, w_ptr=w,
         ws_ptr=nothing if w_scale is None else w_scale, out_ptr=out,
-        o_sb=o.stride(0), o_ss=o.stride(1), o_sh=o.stride(2),
-        r_sb=r.stride(0), r_ss=r.stride(1), r_sh=r.stride(2),
-        w_sg=w.stride(0), w_sn=w.stride(1), w_sk=w.stride(2),
-        ws_sg=ws.stride(0), ws_sn=ws.stride(1), ws_sk=ws.stride(2),
-        out_sg=out.stride(1), out_st=out.stride(0), **table,
+        **named_strides(o, "o", "bsh"), **named_strides(r, "r", "bsh"),
+        **named_strides(w, "w", "gnk"), **named_strides(ws, "ws", "gnk"),
+        **named_strides(out, "out", "tg"), **table,
         D=d, NOPE=d - 2 * half, PER=heads // groups, N=n, SN=sn, SK=sk,
         WEIGHT=0 if w_scale is None else 2 if scaled else 1, TAIL=with_tail,
         SINGLE=single, BM=tile.rows, BN=columns, BK=lanes, num_warps=tile.warps,

@@ -163,11 +163,12 @@ def _launch(
     width = config.columns or d
     blocks = width // group if width >= group and d % width == 0 else d // group
     padded = common.align4(tokens) if col_major else tokens
-    sg, sk, st = scales.stride() if col_major else (*scales.stride()[1:], scales.stride(0))
+    steps = common.strides(scales)
+    sg, sk, st = steps if col_major else (*steps[1:], steps[0])
     grid = (common.cdiv(padded, config.rows) * heads * (d // group // blocks),)
     wrap_triton(inv_rope_quant_kernel)[grid](
-        o, codes, scales, cos, sin, tokens, padded, length, *o.stride()[:3],
-        *codes.stride()[:2], st, sg, sk, *cos.stride(), *sin.stride(),
+        o, codes, scales, cos, sin, tokens, padded, length, *common.strides(o)[:3],
+        *common.strides(codes)[:2], st, sg, sk, *common.strides(cos), *common.strides(sin),
         D=d, NOPE=d - 2 * cos.shape[-1], HEADS=heads, PER=heads // codes.shape[1], GROUP=group,
         BLOCKS=blocks, TOKENS=config.rows, FLAT=common.flat_mode(batch, length),
         EVERY=rope_rounding == "every" and not precise and cos.dtype == o.dtype,

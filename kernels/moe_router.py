@@ -96,13 +96,13 @@ def _launch(
     weights, chosen = _empty(logits, tokens, top_k, out)
     block, tail = blocks(experts)
     config = common.launch_config(CONFIGS if ids is None else HASH_CONFIGS, tokens)
-    table_strides = (0, 0) if table is None else table.stride()
+    table_strides = (0, 0) if table is None else common.strides(table)
     choice = scores if bias is None else torch.promote_types(scores, bias.dtype)
     wrap_triton(moe_router_kernel)[(common.cdiv(tokens, config.rows),)](
         logits, logits if bias is None else bias, chosen if table is None else table,
         chosen if ids is None else ids, weights, chosen, tokens,
-        0 if table is None else table.shape[0], *logits.stride(), *table_strides,
-        0 if ids is None else ids.stride(0),
+        0 if table is None else table.shape[0], *common.strides(logits), *table_strides,
+        0 if ids is None else common.strides(ids)[0],
         E=experts, BLOCK=block, TAIL=tail, K=top_k, KP=triton.next_power_of_2(top_k),
         ROWS=config.rows, FUNC=FUNCS[func], HASH=ids is not None, HAS_BIAS=bias is not None,
         ORDERED=ordered, SD=DTYPES[scores], BD=DTYPES[choice], WD=DTYPES[sums],

@@ -145,8 +145,8 @@ def mtp_norms(
     block = triton.next_power_of_2(d)
     wrap_triton(mtp_norms_kernel)[(tokens * (n + 1),)](
         e, e if e_weight is None else e_weight, e_out, e if positions is None else positions,
-        h, h if h_weight is None else h_weight, h_out, e.stride(0),
-        0 if positions is None else positions.stride(0), *h.stride()[:2],
+        h, h if h_weight is None else h_weight, h_out, common.strides(e)[0],
+        0 if positions is None else common.strides(positions)[0], *common.strides(h)[:2],
         N=n, D=d, BLOCK=block, HIDDEN=HIDDEN[hidden], E_NORM=common.NORMS[e_norm], E_EPS=e_eps,
         E_W=e_weight is not None, H_NORM=common.NORMS[h_norm], H_EPS=h_eps,
         H_W=h_weight is not None, PRECISE=precise, num_warps=max(1, min(8, block // 256)),

@@ -216,11 +216,11 @@ def _launch(
     q_programs = common.cdiv(padded, config.rows)
     grid = (q_programs + (common.cdiv(tokens, kv_rows) if m else 0),)
     codes, scales, normed, kv_out = outs
-    s_st, s_sg = (1, scales.stride(0)) if col_major else scales.stride()
+    s_st, s_sg = (1, scales.stride(0)) if col_major else common.strides(scales)
     wrap_triton(norm_quant_kernel)[grid](
         x, x if weight is None else weight, normed, codes, scales, x if kv is None else kv,
-        x if kv_weight is None else kv_weight, kv_out, tokens, padded, q_programs, x.stride(0),
-        0 if kv is None else kv.stride(0), s_st, s_sg,
+        x if kv_weight is None else kv_weight, kv_out, tokens, padded, q_programs,
+        common.strides(x)[0], 0 if kv is None else common.strides(kv)[0], s_st, s_sg,
         N=width, A=parts[0], B=parts[1], C=parts[2], ROWS=config.rows, NORM=common.NORMS[norm],
         EPS=eps, HAS_W=weight is not None, KEEP=keep, GROUP=group, FLOOR=floor,
         SCALE=common.SCALES[scale], VIA_MUL=via == "mul", BY_MUL=by == "mul", M=m,

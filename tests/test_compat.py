@@ -8,6 +8,10 @@ import inspect
 import pytest
 import torch
 from torch import fx, nn
+from torch._higher_order_ops.triton_kernel_wrap import (
+    kernel_side_table,
+    triton_kernel_wrapper_functional,
+)
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -246,6 +250,19 @@ def test_a_symbol_has_a_hint_and_no_guard_is_added():
     torch._dynamo.mark_dynamic(x, 0)
     torch.compile(lambda x: x + 1, backend=backend)(x)
     assert set(found) == {6}
+
+
+def test_a_launch_with_a_large_number(monkeypatch):
+    """Inductor of 2.11 fails on it, "'int' object has no attribute 'xreplace'": no plan has one."""
+    assert compat.takes_large_numbers() == (VERSION > (2, 11))
+    graph = fx.Graph()
+    for number in (7, 1 << 31):
+        index = kernel_side_table.add_constant_args({"step": number, "scale": 1e30})
+        graph.call_function(triton_kernel_wrapper_functional, kwargs={"constant_args_idx": index})
+    monkeypatch.setattr(compat, "takes_large_numbers", lambda: False)
+    assert compat.large_number(graph) == 1 << 31
+    monkeypatch.setattr(compat, "takes_large_numbers", lambda: True)
+    assert compat.large_number(graph) is None
 
 
 def test_a_break_is_told_with_its_line():

@@ -176,13 +176,15 @@ def test_a_gpu_that_nothing_was_measured_on(monkeypatch, capability):
 
 @pytest.mark.parametrize("ours, take", [(6.9, True), (7.1, None), (11.0, None)])
 def test_a_varied_site_is_timed_unless_its_table_is_clear(monkeypatch, ours, take):
-    """Its time hangs on more than tokens: a table near to Inductor's time settles nothing."""
+    """Its time hangs on more than tokens, or on what is in front of it: a table near to Inductor's
+    time settles nothing."""
     known = tuple(select.measured(NAME)["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: known)
     row = {"variant": "plain", "tokens": 4, "inductor": 10.0, "ours": ours}
     data = {"capability": list(known), "gpu": "", "date": "", "rows": [row]}
     monkeypatch.setattr(select, "measured", lambda fusion: data)
     assert select.decide(on_gpu(), Options()).take is (ours < 10.0)
+    assert select.decide(on_gpu(), Options(), front=True).take is take
     varied = dataclasses.replace(registry()[NAME], varied=True)
     monkeypatch.setattr(select, "registry", lambda: {NAME: varied})
     assert select.decide(on_gpu(), Options()).take is take

@@ -15,7 +15,9 @@ from dsv4fuse.kernels import inv_rope_grouped_bmm as grouped
 from dsv4fuse.kernels import inv_rope_quant as inv
 from dsv4fuse.kernels import moe_router as router
 from dsv4fuse.kernels import norm_rope_cache as rows
+from dsv4fuse.kernels._launch import instead_of_launches
 
+from dsv4fuse import ops
 from dsv4fuse.fusion import register_ops
 
 from ._calls import calls
@@ -133,6 +135,30 @@ def test_fake_gives_dtype_shape_and_stride(name):
     pair = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
     for r, f in pair:
         assert (r.dtype, r.shape, r.stride()) == (f.dtype, f.shape, f.stride())
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="launches nothing")
+@pytest.mark.parametrize("name", OPS)
+def test_no_launch_takes_the_stride_of_an_axis_of_one(name):
+    """Of one long sequence it may pass 2^31, which torch 2.11 cannot compile."""
+
+    def far(t: object) -> object:
+        if not isinstance(t, torch.Tensor) or t.dim() < 2:
+            return t
+        ones = [n == 1 and axis < t.dim() - 1 for axis, n in enumerate(t.shape)]
+        steps = [1 << 31 if one else s for one, s in zip(ones, t.stride(), strict=True)]
+        return t.as_strided(t.shape, steps)
+
+    taken: list[int] = []
+
+    def launch(kernel, grid, args, kwargs):
+        taken.extend(v for v in (*args, *kwargs.values()) if isinstance(v, int))
+
+    args, kwargs = calls("cpu", 1)[name]
+    with instead_of_launches(launch):
+        getattr(ops, name)(*map(far, args), **{k: far(v) for k, v in kwargs.items()})
+    assert max(taken, default=0) < 1 << 31
+    assert taken or name == "grouped_bmm"  # torch's own product
 
 
 def test_a_launch_is_chosen_without_a_guard():

@@ -74,6 +74,32 @@ def test_what_cannot_be_measured_is_left_to_inductor(monkeypatch):
     assert site.status == "declined" and "out of registers" in site.reason
 
 
+def padded(x, gone, also_read: bool):
+    """SwiGLU behind a mask, as transformers' experts have it."""
+    x = x.masked_fill(gone, 0.0)
+    gate, up = x.chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate.clamp(max=7.0)) * up.clamp(-7.0, 7.0)
+    return (y, x) if also_read else y
+
+
+@pytest.mark.parametrize("also_read", [False, True])
+def test_what_inductor_would_inline_is_timed_with_the_site(monkeypatch, also_read):
+    """The mask costs Inductor's kernel nothing, and the fused op a write and a read; not where the
+    masked value is written anyway."""
+    asked = choose(monkeypatch, 2.0, 3.0)
+    x, gone = torch.randn(4, 256, dtype=torch.bfloat16), torch.tensor([[0], [1], [0], [1]]).bool()
+    wanted = padded(x, gone, False)
+    with torch.no_grad():
+        report = dsv4fuse.explain(padded, x, gone, also_read, options={"select": "measure"})
+    (site,) = report.sites
+    assert site.status == "declined" and "3.00 µs" in site.reason
+    assert [any(t.dtype == torch.bool for t in given) for given in asked] == [not also_read] * 2
+    options = {"select": "always", "inner": "eager"}
+    fused = torch.compile(padded, backend="dsv4fuse", options=options)
+    with torch.no_grad():
+        assert torch.equal(fused(x, gone, False), wanted)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"inductor": "fast", "ours": 1}', b"{}"])
 def test_a_damaged_file_of_times_is_measured_again(store, content):
     cache.save_times("k", (1.0, 2.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from dsv4fuse.bench import launches, stopwatch
 from dsv4fuse.factory import FactoryError
 from dsv4fuse.report import Report, Site
 
+log = logging.getLogger(__name__)
 WAYS = ("eager", "inductor", "dsv4fuse")
 MOST_COMPILATIONS = 10  # calls in which a way may compile before it is timed all the same
 Made = tuple[Any, tuple[Any, ...], dict[str, Any]]  # model, args, kwargs
@@ -149,6 +151,7 @@ class _Step:
                     raise
                 self.found["failed"] = "out of memory while the model was made"
             except Exception as error:  # whatever a compiler or a kernel raises
+                log.exception("%s could not run", self.way)
                 self.found["failed"] = verify.said(error)
         return Profile(self.way, **self.found)
 

@@ -1,0 +1,63 @@
+"""Pointwise values in front of a site that nothing else reads.
+
+Inductor computes them inside of the site's own kernels and never writes them. A fused op cannot:
+for it they are written, and read again. So what was measured of the site alone does not speak for
+it where they are a good part of what it reads, and its time is taken with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import compat
+from dsv4fuse.fusion import Candidate
+from dsv4fuse.readers import is_tensor
+from dsv4fuse.views import VIEWS
+
+PART = 1 / 8  # of the bytes of inputs and outputs
+
+
+def in_front(
+    candidate: Candidate, region: list[fx.Node], planned: Collection[fx.Node] = ()
+) -> list[fx.Node]:
+    """Those values in the graph's order, or nothing where they are too small to matter; what is
+    ``planned`` to be computed by other sites is none of them."""
+    inside, found = set(region), set[fx.Node]()
+    left = {n for n in candidate.inputs if n not in candidate.caches}
+    while left:
+        node = max(left)  # the last in the graph: who reads it is known by now
+        left.remove(node)
+        if _inlined(node) and node not in planned and inside | found >= set(node.users):
+            found.add(node)
+            left |= set(node.all_input_nodes)
+    written = sum(_bytes(n) for n in candidate.inputs if _computed(n, found))
+    whole = sum(map(_bytes, (*candidate.inputs, *candidate.outputs)))
+    return sorted(found) if written > PART * whole and candidate.settled is None else []
+
+
+def _inlined(node: fx.Node) -> bool:
+    return node.op == "call_function" and (node.target in VIEWS or _pointwise(node))
+
+
+def _pointwise(node: fx.Node) -> bool:
+    """A copy is none: the op may read what is copied, in whatever order it lies."""
+    moved = node.target is torch.ops.aten.clone.default
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and is_tensor(node) and not moved
+
+
+def _computed(node: fx.Node, found: set[fx.Node]) -> bool:
+    """Is it, or does it show, a value that is more than shown?"""
+    while node in found and not _pointwise(node):
+        node = node.all_input_nodes[0]
+    return node in found
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return 0
+    return math.prod(map(compat.hint, value.shape)) * value.element_size()
