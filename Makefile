@@ -86,7 +86,7 @@ lint: $(STAMP)
 
 # A picture of each fusion that was measured against Inductor.
 docs: $(STAMP)
-	@for file in $$(grep -l '"inductor"' kernels/*.json); do $(BIN)/python -m dsv4fuse bench --from $$file \
+	@for file in $$(grep -l '"inductor"' kernels/*.json); do $(BIN)/python -m dsv4fuse bench --from $$file --model flash \
 		--plot docs/pictures/$$(basename $$file .json).svg || exit 1; done
 	@$(BIN)/python -m dsv4fuse bench --e2e $(addprefix --from ,$(wildcard examples/results/*_flash_*.json)) \
 		--plot docs/pictures/launches.svg

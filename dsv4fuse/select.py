@@ -91,8 +91,9 @@ def _by_table(data: dict[str, Any], candidate: Candidate, front: bool) -> Verdic
     above = [r for r in rows if r["tokens"] >= tokens][:1]
     near = [*below, *above]
     worst = max(near, key=lambda r: r["ours"] / r["inductor"])
-    at = f"at {worst['tokens']} tokens ({data['gpu']}, {data['date']})"
-    shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": data["date"]}
+    date = worst.get("date") or data["date"]
+    at = f"at {worst['tokens']} tokens ({data['gpu']}, {date})"
+    shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": date}
     inductor, ours = worst["inductor"], worst["ours"]
     if (registry()[candidate.fusion].varied or front or not alike) and ours > CLEAR * inductor:
         return Verdict(None)

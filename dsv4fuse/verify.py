@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import compat, exact, samples
+from dsv4fuse import clock, compat, exact, samples
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.terms import short
 
@@ -110,7 +110,8 @@ def _check(
     if candidate.judged == "exact":
         true = exact.truth(region, dict(made), ends)
     inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
-    with compat.as_in_graphs(candidate.root.meta["val"].device):
+    # On a GPU the first of a kernel, which is compiled for it unless it was ahead of time.
+    with clock.step("launching"), compat.as_in_graphs(candidate.root.meta["val"].device):
         found = list(candidate.call(*inputs))
     found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
     rows = candidate.settled(*inputs) if candidate.settled is not None else ...

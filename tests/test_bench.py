@@ -60,6 +60,21 @@ def test_every_variant_of_every_fusion(machine):
     assert "host_sync" not in result.output and "ratio" in result.output
 
 
+def test_a_folder_keeps_what_was_not_measured_again(tmp_path):
+    """Rows of another day have its date; those of another GPU or version go."""
+
+    def saved(counts, **made_on):
+        made = MADE_ON | made_on
+        bench.save([row("moe_router", "hash", t, date="") for t in counts], tmp_path, made)
+        rows, _ = bench.load(tmp_path / "moe_router.json")
+        return [(r.tokens, r.date) for r in rows]
+
+    assert saved([1, 64]) == [(1, ""), (64, "")]
+    assert saved([4, 64], date="tomorrow") == [(1, "today"), (4, ""), (64, "")]
+    assert saved([64], date="later") == [(1, "today"), (4, "tomorrow"), (64, "")]
+    assert saved([64], gpu="another") == [(64, "")]
+
+
 def test_json_for_a_folder_and_for_a_file(machine, tmp_path):
     name = NAMES[0]
     assert run(name, "--tokens", "1,8", "--json", tmp_path / "into").exit_code == 0

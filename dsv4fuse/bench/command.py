@@ -23,9 +23,9 @@ FLASH = {"size": "flash", "layers": 4, "experts": 32, "batch": 1, "length": 2048
 FLASH_DECODE = FLASH | {"batch": 4, "length": 512}
 
 _MODEL = (
-    "flash, pro, pro-tp8: the sizes of single fusions (flash if none). With --e2e: hf, plain (both "
-    "if none), or package.module:factory as for explain, which is given those of --size to --new "
-    "and device that it has parameters for. May be repeated."
+    "flash, pro, pro-tp8: the sizes of single fusions (flash if none; with --from all). With "
+    "--e2e: hf, plain (both if none), or package.module:factory as for explain, which is given "
+    "those of --size to --new and device that it has parameters for. May be repeated."
 )
 Models = Annotated[list[str] | None, typer.Option("--model", help=_MODEL)]
 Tokens = Annotated[str, typer.Option(help="Token counts, comma-separated.")]
@@ -95,7 +95,7 @@ def bench(
         others = {"regional": regional, "ways": ways, "options": options}
         if given := [*asked, *(name for name, value in others.items() if value)]:
             fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
-        _fusions(fusions or [], model or ["flash"], tokens, json_path, plot, measured, workers)
+        _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers)
     elif fusions or tokens:
         fail("--e2e measures whole models: it takes neither fusions nor --tokens.", 2)
     else:
@@ -121,7 +121,9 @@ def _fusions(
     wrong: list[str] = []
     if measured:
         rows, made_on = _loaded(timing.load, measured)
+        rows = [r for r in rows if r.model in (models or [r.model])]
     else:
+        models = models or ["flash"]
         path = pathlib.Path(json_path) if json_path else None
         with progress() as advance:
             rows, wrong = fusions_table.run(fusions, models, counts, path, advance, workers)

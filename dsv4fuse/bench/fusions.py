@@ -11,9 +11,9 @@ import contextlib
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Row:
     reached by our warm time. ``eager`` is None for what cannot be captured in a CUDA graph.
     ``result_bytes``: of the results for each token, by which sites know rows of their own sizes.
     ``kernels`` are ours as they were launched, with registers and spills; of older files, none.
+    ``date``: of a row that an earlier run left in its file, else empty.
     """
 
     fusion: str
@@ -66,6 +67,11 @@ class Row:
     tflops: float = 0.0
     kernels: tuple[registers.Kernel, ...] = ()
     result_bytes: float | None = None
+    date: str = ""
+
+    @property
+    def site(self) -> Site:
+        return self.fusion, self.variant, self.model, self.tokens
 
     @property
     def ratio(self) -> float:
@@ -183,15 +189,31 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
 
 
 def save(rows: Sequence[Row], path: pathlib.Path, made_on: dict[str, object]) -> None:
-    """All rows into ``path`` where it ends in .json, else ``<fusion>.json`` into that folder."""
+    """All rows into ``path`` where it ends in .json, else ``<fusion>.json`` into that folder,
+    beside what such a GPU with these versions has measured before and not again."""
     files = {path: list(rows)} if path.suffix == ".json" else {}
     if not files:
         for row in rows:
             files.setdefault(path / f"{row.fusion}.json", []).append(row)
+        files = {file: _with_older(own, file, made_on) for file, own in files.items()}
     for file, own in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**made_on, "rows": [asdict(r) for r in own]}, indent=1)
         file.write_text(text + "\n", encoding="utf-8")
+
+
+def _with_older(
+    rows: Sequence[Row], file: pathlib.Path, made_on: Mapping[str, object]
+) -> list[Row]:
+    """Model by model, variant by variant, by number of tokens."""
+    older, before = load(file) if file.exists() else ([], {})
+    if all(before.get(k) == made_on.get(k) for k in ("gpu", "torch", "triton")):
+        new = {row.site for row in rows}
+        kept = (replace(r, date=r.date or str(before["date"])) for r in older if r.site not in new)
+        rows = [*rows, *kept]
+    variants = registry()[rows[0].fusion].examples
+    place = {name: i for i, name in enumerate((*MODELS, *variants))}
+    return sorted(rows, key=lambda r: (place[r.model], place.get(r.variant, -1), r.tokens))
 
 
 def load(path: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:

@@ -42,7 +42,9 @@ def draw(rows: Sequence[Row], made_on: Mapping[str, Any], path: pathlib.Path) ->
             _panel(axis, ", ".join(name), own)
         for axis in list(axes.flat)[len(panels) :]:
             axis.remove()
-        figure.suptitle(f"{made_on['gpu']}, torch {made_on['torch']}, {made_on['date']}")
+        days = sorted({row.date or made_on["date"] for row in rows})
+        when = " to ".join(dict.fromkeys((days[0], days[-1])))
+        figure.suptitle(f"{made_on['gpu']}, torch {made_on['torch']}, {when}")
         save(figure, path, made_of(rows))
 
 
