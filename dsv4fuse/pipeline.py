@@ -114,6 +114,7 @@ def _planned(
     something that was declined for the same reason.
     """
     planned, inside, refused = [], [], list[tuple[set[fx.Node], str]]()
+    taken = set().union(*(nodes for _, nodes in gone))
     for candidate, region in waiting:
         if _swallowed(scene, candidate, gone):
             inside.append((candidate, region))
@@ -122,11 +123,12 @@ def _planned(
         if revived:
             sites.append(_site(candidate, "declined", revived))
             continue
-        front = in_front(candidate, region, set().union(*(nodes for _, nodes in gone)))
+        front = in_front(candidate, region, taken)
         candidate, status, reason, traced = _decide(candidate, region, front, options, plans)
         if traced is not None:
             planned.append((candidate, traced))
             gone.append((candidate, set(region)))
+            taken.update(region)
         elif not any(reason == why and left.issuperset(region) for left, why in refused):
             refused.append((set(region), reason))
             sites.append(_site(candidate, status, reason))

@@ -146,7 +146,7 @@ def made_of(path: pathlib.Path) -> str:
     measured = ROOT / "kernels" / f"{path.stem}.json"
     if measured.exists():
         rows, _ = fusions.load(measured)
-        return fusions_plot.made_of(rows)
+        return fusions_plot.made_of([r for r in rows if r.model == "flash"])
     (command,) = (c for b in those("sh") for c in b.commands if "--e2e" in c and path.name in c)
     runs = [r for f in re.findall(r"--from (\S+)", command) for r in models.load(ROOT / f)[0]]
     return models_plot.made_of(runs)
