@@ -265,6 +265,16 @@ def test_a_launch_with_a_large_number(monkeypatch):
     assert compat.large_number(graph) is None
 
 
+def test_where_compiling_takes_its_time():
+    """Torch keeps a clock for each part under these names."""
+    before = compat.compile_seconds()
+    with compat.fresh_caches():
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(3))
+    spent = {part: s - before[part] for part, s in compat.compile_seconds().items()}
+    parts = ("Dynamo", "joint graph's passes", "Inductor")  # for kernels it waits on a GPU
+    assert all(spent[part] > 0 for part in parts), spent
+
+
 def test_a_break_is_told_with_its_line():
     found = []
 

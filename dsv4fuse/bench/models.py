@@ -36,7 +36,8 @@ class Profile:
     """One way to run a step; None is what was not measured, ``failed`` why there is nothing more.
 
     ``compile_s``: the first call and any later one that compiled, ``compilations`` of them;
-    ``pass_s``: of it dsv4fuse's own, ``spent`` by its steps. ``peak``: bytes, of a compiled step.
+    ``parts``: where its seconds went in torch; ``pass_s``: dsv4fuse's own, ``spent`` by its steps.
+    ``peak``: bytes, of a compiled step.
     ``error`` and ``median``: the largest and the middle difference from the way ``against``, of its
     largest value, and ``same`` the share of rows with their largest value at the same place: a
     rounding that turns may choose another expert, and few rows differ much. ``kernels``: by name,
@@ -49,6 +50,7 @@ class Profile:
     compile_s: float | None = None
     pass_s: float | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
     compilations: int | None = None
     peak: int | None = None
     against: str = ""
@@ -180,6 +182,7 @@ class _Step:
     def _compile(self, call: Callable[[], Any], on_gpu: bool) -> list[Tensor]:
         """Calls until nothing is compiled any more; the floats of the first result, on the CPU."""
         spent, compilations, values = 0.0, 0, list[Tensor]()
+        before = compat.compile_seconds()
         for number in range(MOST_COMPILATIONS + 1):
             graphs = counters["stats"]["unique_graphs"]
             seconds, result = stopwatch.seconds(call, on_gpu)
@@ -192,6 +195,9 @@ class _Step:
                 break
             spent, compilations = spent + seconds, compilations + compiled
         self.found |= {"compile_s": spent, "compilations": compilations}
+        if compilations:
+            parts = {k: v - before[k] for k, v in compat.compile_seconds().items()}
+            self.found["parts"] = parts
         if self.way == "dsv4fuse":
             self.found |= {"pass_s": self.report.seconds, "spent": dict(self.report.spent)}
         return values

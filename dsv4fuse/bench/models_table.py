@@ -38,6 +38,7 @@ def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
     """A name, and a cell for each way: first whether they compute the same, then the times."""
     found = run.profiles
     steps = dict.fromkeys(step for p in found for step in p.spent)
+    parts = dict.fromkeys(part for p in found for part in p.parts)
     table = [
         ("largest difference", *map(_difference, found)),
         ("median difference", *(_cell(p.median, lambda x: f"{x:.1e}") for p in found)),
@@ -50,6 +51,7 @@ def rows(run: Run, on_gpu: bool) -> list[tuple[str, ...]]:
         ("peak memory, GB", *(_cell(p.peak, lambda x: f"{x / 1e9:.2f}") for p in found)),
         ("compiling, s", *(_number(p.compile_s, 1) if p.name != "eager" else NOTHING
                            for p in found)),
+        *((f"  {part}", *(_number(p.parts.get(part), 1) for p in found)) for part in parts),
         ("  dsv4fuse's own", *(_number(p.pass_s, 1) for p in found)),
         *((f"    {step}", *(_number(p.spent.get(step), 1) for p in found)) for step in steps),
         ("  calls that compiled", *(_cell(p.compilations or None, str) for p in found)),
