@@ -115,6 +115,11 @@ def test_scales_behind_a_sum_in_another_order():
     assert verify._differ(scales, turned, scales, "faithful", step) is None
     assert verify._differ(scales, turned, scales, "faithful", 0.0)
     assert verify._differ(scales, wrong, scales, "faithful", step)
+    many = scales.expand(48, 2).contiguous()
+    few = many.clone()
+    few[:4] = turned
+    assert verify._many(many, few, step) is None
+    assert verify._many(many, turned.expand(48, 2).contiguous(), step)
 
 
 def test_wide_results_are_not_counted():
