@@ -43,7 +43,7 @@ class Quantised:
     def distances(self) -> dict[fx.Node, float]:
         """How far each scale moves, as a part of itself, where the value's roundings turn."""
         dtype = self.x.node.meta["val"].dtype
-        scales = (*self.outputs[1 : len(self.scales) + 1], *(n for n, i in self.again if i))
+        scales = (*(s.node for s in self.scales), *(n for n, i in self.again if i))
         return dict.fromkeys(scales, torch.finfo(dtype).eps)
 
     @property

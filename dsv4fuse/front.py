@@ -25,7 +25,8 @@ def in_front(
     candidate: Candidate, region: list[fx.Node], planned: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
     """Those values in the graph's order, or nothing where they are too small to matter; what is
-    ``planned`` to be computed by other sites is none of them."""
+    ``planned`` to be computed by other sites is none of them. None are timed with a site whose
+    inputs are drawn until its result is determined (``settled``)."""
     inside, found = set(region), set[fx.Node]()
     left = {n for n in candidate.inputs if n not in candidate.caches}
     while left:

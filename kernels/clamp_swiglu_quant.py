@@ -165,9 +165,8 @@ def _launch(
     steps = rounding == "silu" and not precise
     wrap_triton(clamp_swiglu_kernel)[grid](
         gate, up, gate if weight is None else weight, out, scales, tokens, padded,
-        *common.strides(gate), *common.strides(up), 
-        0 if weight is None else common.strides(weight)[0],
-        *scale_strides,
+        *common.strides(gate), *common.strides(up),
+        0 if weight is None else common.strides(weight)[0], *scale_strides,
         COLUMNS=columns, BLOCK=block, ROWS=config.rows, LIMIT=0.0 if limit is None else limit,
         HAS_LIMIT=limit is not None, PAIRS=_pairs(gate.dtype, limit, steps),
         HAS_W=weight is not None, STEPS=steps, ROUND=not precise and dtype == gate.dtype,

@@ -205,7 +205,7 @@ def save(rows: Sequence[Row], path: pathlib.Path, made_on: dict[str, object]) ->
 def _with_older(
     rows: Sequence[Row], file: pathlib.Path, made_on: Mapping[str, object]
 ) -> list[Row]:
-    """Model by model, variant by variant, by number of tokens."""
+    """The rows and those of the file that they do not replace, by model, variant and tokens."""
     older, before = load(file) if file.exists() else ([], {})
     if all(before.get(k) == made_on.get(k) for k in ("gpu", "torch", "triton")):
         new = {row.site for row in rows}
