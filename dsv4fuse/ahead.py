@@ -19,7 +19,7 @@ import triton
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv4fuse import clock, compat
+from dsv4fuse import clock, compat, compile_workers
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.kernels._launch import Specialised, described
 
@@ -50,15 +50,16 @@ def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator
 def _started(
     candidates: Iterable[Candidate], device: torch.device
 ) -> list[tuple[Specialised, Future[None]]]:
-    if not compat.start_workers():
+    if not compile_workers.start():
         return []
     missing = {k.key: k for k in kernels(candidates, device) if not k.on_disk()}
-    workers = compat.workers(HERE * len(missing)) if len(missing) > 1 else None
+    workers = compile_workers.pool(HERE * len(missing)) if len(missing) > 1 else None
     folder = triton.knobs.cache.dir
     return [(k, workers.submit(_compiled, k, folder)) for k in missing.values() if workers]
 
 
 def _compiled(kernel: Specialised, folder: str) -> None:
+    compile_workers.take_their_ptxas()
     if kernel.compiled(folder) is None:
         raise RuntimeError("a worker would compile it under another key")
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from dsv4fuse import cache, compat, pipeline, ranks, render, trial
+from dsv4fuse import accesses, cache, compat, compile_workers, pipeline, ranks, render, trial
 from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report, Site
@@ -40,7 +40,8 @@ class FusionPass(CustomGraphPass):
         for earlier in self.before:
             earlier(graph)
         try:
-            self.report += pipeline.run(graph, self.options)
+            with accesses.asked_once():
+                self.report += pipeline.run(graph, self.options)
         except Exception as error:
             if self.options.strict or debugging():
                 raise
@@ -98,7 +99,7 @@ def dsv4fuse(
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
-        compat.start_workers()  # they take seconds to start
+        compile_workers.start()  # which takes seconds
     if compat.will_be_differentiated(gm, example_inputs):
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
@@ -125,7 +126,8 @@ def _fused(
     warm, of the process that filled it."""
     fusing = FusionPass(options, compat.configured_passes(), alone=False)
     key = _key(gm, inputs, fusing)
-    compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
+    with accesses.asked_once():
+        compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
     if not fusing.report.graphs:
         stored = cache.load_report(key) if key is not None else None
         if stored is not None and not trial.stale(stored.found()):
@@ -134,7 +136,7 @@ def _fused(
         # Nothing says what lies in the cache, or it is not what the job's other ranks run; and
         # then what lies beside it stays.
         key = None if stored is not None else key
-        with compat.without_caches():
+        with accesses.asked_once(), compat.without_caches():
             compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
     if key is not None and fusing.report.graphs:
         cache.save_report(key, fusing.report)

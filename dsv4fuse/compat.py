@@ -10,7 +10,6 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import torch
@@ -301,29 +300,3 @@ def compile_seconds() -> dict[str, float]:
         "Inductor": inner - kernels,
         "waiting for its kernels": kernels,
     }
-
-
-def start_workers() -> bool:
-    """Starts torch's compile workers, as its own backend does, unless they run. False where there
-    are none to be (TORCHINDUCTOR_COMPILE_THREADS=1).
-
-    This process then takes the ptxas that they take, if it has run none yet: its version is a part
-    of the keys of Triton's cache.
-    """
-    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
-
-    if get_compile_threads() < 2:
-        return False
-    _set_triton_ptxas_path()
-    AsyncCompile.use_process_pool()
-    return True
-
-
-def workers(patience: float) -> Any:
-    """The pool of torch's compile workers, or None if they do not run within so many seconds."""
-    from torch._inductor.async_compile import AsyncCompile
-
-    with contextlib.suppress(futures.TimeoutError):
-        AsyncCompile.wait_pool_ready(patience)
-    return AsyncCompile.process_pool() if AsyncCompile.use_process_pool() else None

@@ -105,7 +105,18 @@ class Specialised:
             triton.knobs.cache.dir = folder
             if self._key() != self.key:
                 return None
-            return triton.compile(self.source(), target=self.target, options=dict(self.options))
+            built = triton.compile(self.source(), target=self.target, options=dict(self.options))
+            _make_launcher(built)
+            return built
+
+
+def _make_launcher(kernel: CompiledKernel) -> None:
+    """The C code of its signature, into the cache: Triton 3.6 compiles it at the first launch."""
+    with contextlib.suppress(Exception):  # no C compiler, or no driver of a GPU
+        from triton.backends.nvidia import driver as nvidia
+
+        if hasattr(nvidia, "make_launcher"):
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
 class _Described(JITFunction):  # type: ignore[misc, type-arg]

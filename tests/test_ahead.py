@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from dsv4fuse import compat
+from dsv4fuse import compile_workers
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nothing to compile"),
@@ -48,6 +48,13 @@ def test_the_pass_compiles_before_it_checks(found):
     assert statuses == ["taken"] and hits == [[True, True]]
 
 
+def test_launches_alike_are_compiled_to_ir_once(found):
+    """torch asks what each writes: as often for one plan without ``asked_once`` as for two inside,
+    and is told the same."""
+    alone, together, answers = found["planned"]
+    assert alone == together == 2 and answers == 1
+
+
 def test_workers_that_die_and_workers_that_are_late(found):
     said, seconds = found["dead"]
     assert len(said) == found["described"] and all("terminated abruptly" in s for s in said)
@@ -66,6 +73,6 @@ def test_without_workers(monkeypatch):
     from dsv4fuse import ahead
 
     monkeypatch.setattr(ahead, "kernels", lambda *_: pytest.fail("described"))
-    assert compat.start_workers() is False
+    assert compile_workers.start() is False
     with ahead.compiling([], None):
         pass

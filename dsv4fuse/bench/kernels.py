@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dsv4fuse import compat, ops
+from dsv4fuse import compile_workers, ops
 from dsv4fuse.backend import dsv4fuse
 from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.kernels import _common as common
@@ -150,7 +150,7 @@ def launches(
     progress: Callable[[str, int], None] = lambda text, total: None,
 ) -> list[Launch]:  # fmt: skip
     """The kernels of each variant of these fusions (all if none), each where it is first met."""
-    with_workers = compat.start_workers()
+    with_workers = compile_workers.start()
     met: dict[str, tuple[tuple[str, str, int], Specialised]] = {}
     sites = [
         (name, v, t) for name in names or registry() for v in registry()[name].examples
@@ -162,7 +162,7 @@ def launches(
         example = registry()[name].examples[variant](t, sizes, "cpu")
         for kernel in _launched(name, example, capability):
             met.setdefault(kernel.key, (site, kernel))
-    workers = compat.workers(STARTED) if with_workers else None
+    workers = compile_workers.pool(STARTED) if with_workers else None
     started = [workers.submit(build, k) if workers else None for _, k in met.values()]
     found = []
     for job, (site, kernel) in zip(started, met.values(), strict=True):

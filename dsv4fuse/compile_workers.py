@@ -1,0 +1,41 @@
+"""torch's compile workers: processes in which Inductor, and here whoever asks, compiles kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from concurrent import futures
+from typing import Any
+
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+
+def start() -> bool:
+    """Starts them, as torch's own backend does, unless they run. False where there are none to be
+    (TORCHINDUCTOR_COMPILE_THREADS=1). This process then takes the ptxas that they take."""
+    if get_compile_threads() < 2:
+        return False
+    take_their_ptxas()
+    AsyncCompile.use_process_pool()
+    return True
+
+
+def pool(patience: float) -> Any:
+    """Their pool, or None if they do not run within so many seconds."""
+    with contextlib.suppress(futures.TimeoutError):
+        AsyncCompile.wait_pool_ready(patience)
+    return AsyncCompile.process_pool() if AsyncCompile.use_process_pool() else None
+
+
+def take_their_ptxas() -> None:
+    """That of torch, where it brings one: its version is a part of the keys of Triton's cache, and
+    Triton remembers the version of the first that it asked."""
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+    before = os.environ.get("TRITON_PTXAS_PATH")
+    _set_triton_ptxas_path()
+    if os.environ.get("TRITON_PTXAS_PATH") != before:
+        with contextlib.suppress(ImportError):  # no Triton, or none for NVIDIA
+            from triton.backends.nvidia.compiler import get_ptxas_version
+
+            get_ptxas_version.cache_clear()

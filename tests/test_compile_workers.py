@@ -1,0 +1,37 @@
+"""torch's compile workers and this process must mean the same by a key of Triton's cache."""
+
+from __future__ import annotations
+
+import pytest
+from torch._inductor.runtime import compile_tasks
+
+from dsv4fuse import compile_workers
+
+compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+
+
+@pytest.fixture
+def their_ptxas(monkeypatch, tmp_path):
+    """A ptxas of torch's own, which Triton, asked before, does not know of."""
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.9, V99.9.9'\n")
+    ptxas.chmod(0o755)
+    taken = lambda: monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))  # noqa: E731
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", taken)
+    assert "99.9" not in compiler.get_ptxas_version(90)
+    yield
+    compiler.get_ptxas_version.cache_clear()
+
+
+def test_their_ptxas_counts_though_triton_has_asked_another(their_ptxas):
+    compile_workers.take_their_ptxas()
+    assert "99.9" in compiler.get_ptxas_version(90)
+
+
+def test_nothing_is_asked_anew_where_it_is_the_same(their_ptxas, monkeypatch):
+    compile_workers.take_their_ptxas()
+    asked = compiler.get_ptxas_version.cache_info().misses + 1
+    compiler.get_ptxas_version(90)
+    compile_workers.take_their_ptxas()
+    compiler.get_ptxas_version(90)
+    assert compiler.get_ptxas_version.cache_info().misses == asked
