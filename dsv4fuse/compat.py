@@ -43,6 +43,18 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, the capture of a CUDA graph may fail. torch leaves its generator of random numbers in
+    the capture then, and draws none any more."""
+    try:
+        yield
+    except Exception:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
 class _Decomposed(TorchDispatchMode):
     """Each operation by Inductor's decomposition of it, in the references of fused ops too. What
     writes in place has none: where graphs are made nothing does."""

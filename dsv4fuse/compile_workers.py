@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from concurrent import futures
 from typing import Any
 
@@ -29,13 +28,11 @@ def pool(patience: float) -> Any:
 
 def take_their_ptxas() -> None:
     """That of torch, where it brings one: its version is a part of the keys of Triton's cache, and
-    Triton remembers the version of the first that it asked."""
+    Triton remembers the version that it asked first."""
     from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
-    before = os.environ.get("TRITON_PTXAS_PATH")
     _set_triton_ptxas_path()
-    if os.environ.get("TRITON_PTXAS_PATH") != before:
-        with contextlib.suppress(ImportError):  # no Triton, or none for NVIDIA
-            from triton.backends.nvidia.compiler import get_ptxas_version
+    with contextlib.suppress(ImportError):  # no Triton, or none for NVIDIA
+        from triton.backends.nvidia.compiler import get_ptxas_version
 
-            get_ptxas_version.cache_clear()
+        get_ptxas_version.cache_clear()

@@ -106,4 +106,5 @@ def replayed(call: Callable[[], object]) -> float:
     """The median µs of a call under a CUDA graph."""
     import triton.testing
 
-    return 1e3 * triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
+    with compat.capturing():
+        return 1e3 * triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")

@@ -70,7 +70,8 @@ def target() -> int | str | None:
 @dataclass(frozen=True)
 class Specialised:
     """What a launch gives to Triton's compiler, as data: a kernel of a module, what it is
-    specialised to, and ``key``, under which Triton's cache has it in the process of the launch."""
+    specialised to, ``key``, under which Triton's cache has it in the process of the launch, and
+    what that key is made of."""
 
     module: str
     name: str
@@ -80,31 +81,38 @@ class Specialised:
     options: Mapping[str, Any]
     target: GPUTarget
     key: str = field(init=False)
+    made_of: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self._key())
+        key, made_of = self._key()
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "made_of", made_of)
 
     def source(self) -> ASTSource:
         kernel = getattr(importlib.import_module(self.module), self.name)
         return ASTSource(kernel, self.signature, self.constants, self.attributes)
 
-    def _key(self) -> str:
-        backend = make_backend(self.target)
+    def _key(self) -> tuple[str, dict[str, str]]:
+        source, backend = self.source(), make_backend(self.target)
         options, env = backend.parse_options(dict(self.options)), get_cache_invalidating_env_vars()
-        key = cache.get_cache_key(self.source(), backend, options, env)
-        return hashlib.sha256(key.encode()).hexdigest()
+        key = cache.get_cache_key(source, backend, options, env)
+        made_of = {"source": source.hash(), "compiler": backend.hash(), "options": options.hash(),
+                   "environment": str(sorted(env.items()))}  # fmt: skip
+        return hashlib.sha256(key.encode()).hexdigest(), made_of
 
     def on_disk(self) -> bool:
         """Need nobody compile it?"""
         return bool(cache.get_cache_manager(self.key).get_group(f"{self.name[:150]}.json"))
 
-    def compiled(self, folder: str) -> CompiledKernel | None:
-        """Into the cache in that folder. None where this process would compile another code than
-        that of the launch: with another ptxas or other settings."""
+    def compiled(self, folder: str) -> CompiledKernel:
+        """Into the cache in that folder. RuntimeError where this process would compile another code
+        than that of the launch: with another ptxas or other settings."""
         with triton.knobs.cache.scope():
             triton.knobs.cache.dir = folder
-            if self._key() != self.key:
-                return None
+            key, made_of = self._key()
+            if key != self.key:
+                other = [f"{k} {v!r}" for k, v in made_of.items() if v != self.made_of[k]]
+                raise RuntimeError(f"a worker has another key: {', '.join(other)}")
             built = triton.compile(self.source(), target=self.target, options=dict(self.options))
             _make_launcher(built)
             return built

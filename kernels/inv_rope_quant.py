@@ -49,7 +49,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (2, Config(rows=1, warps=1, columns=128)),
     (4, Config(rows=2, warps=1, columns=128)),
     (32, Config(rows=8, warps=4, columns=128)),
-    (64, Config(rows=4, warps=2, columns=256)),
+    (64, Config(rows=8, warps=4)),
     (256, Config(rows=4, warps=1)),
     (512, Config(rows=8, warps=2)),
     (None, Config(rows=4, warps=1)),
@@ -58,18 +58,18 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 
 @triton.jit
 def _rotated(x, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE: tl.constexpr,
-             GROUP: tl.constexpr, TOKENS: tl.constexpr, EVERY: tl.constexpr,
+             GROUP: tl.constexpr, ROWS: tl.constexpr, EVERY: tl.constexpr,
              PRECISE: tl.constexpr, dtype: tl.constexpr):
-    """fp32 ``[TOKENS, GROUP]``, columns first.. of a head, turned back where they are rope."""
+    """fp32 ``[ROWS, GROUP]``, columns first.. of a head, turned back where they are rope."""
     pair = first // 2 + tl.arange(0, GROUP // 2) - NOPE // 2
     inside = (pair >= 0)[None, :]
     mask = live[:, None] & inside
     cos = tl.load(cos_at[:, None] + pair[None, :] * cos_sd, mask=mask, other=1.0)
     sin = tl.load(sin_at[:, None] + pair[None, :] * sin_sd, mask=mask, other=0.0)
-    even, odd = tl.split(tl.reshape(x, (TOKENS, GROUP // 2, 2)))
+    even, odd = tl.split(tl.reshape(x, (ROWS, GROUP // 2, 2)))
     back = sin.to(tl.float32) * -1.0  # Triton's unary minus is 0 - x, which is no -0 at position 0
     even, odd = rotate(even, odd, cos.to(tl.float32), back, inside, EVERY, not PRECISE, dtype)
-    y = tl.reshape(tl.join(even, odd), (TOKENS, GROUP))
+    y = tl.reshape(tl.join(even, odd), (ROWS, GROUP))
     if not PRECISE:
         y = round_to(y, dtype)
     return y
@@ -82,17 +82,25 @@ def inv_rope_quant_kernel(
     o_sb, o_ss, o_sh, c_st, c_sg, s_st, s_sg, s_sk, cos_sb, cos_ss, cos_sd,
     sin_sb, sin_ss, sin_sd,
     D: tl.constexpr, NOPE: tl.constexpr, HEADS: tl.constexpr, PER: tl.constexpr,
-    GROUP: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, FLAT: tl.constexpr,
-    EVERY: tl.constexpr, PRECISE: tl.constexpr, FLOOR: tl.constexpr, POW2: tl.constexpr,
-    VIA_MUL: tl.constexpr,
+    GROUP: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BY_HEAD: tl.constexpr,
+    FLAT: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, FLOOR: tl.constexpr,
+    POW2: tl.constexpr, VIA_MUL: tl.constexpr,
 ):  # fmt: skip
-    """One program: TOKENS tokens × BLOCKS blocks of one head; PER heads make a group."""
+    """One program: ROWS rows × BLOCKS blocks; a row is a head of a token, PER heads make a group.
+
+    Its rows are neighbouring tokens, whose scales lie side by side if they are column-major, or,
+    BY_HEAD, neighbouring heads, as those of row-major scales do.
+    """
     SPLIT: tl.constexpr = D // (GROUP * BLOCKS)
     NARROW: tl.constexpr = not PRECISE and o_ptr.dtype.element_ty.primitive_bitwidth == 16
     pid = tl.program_id(0)
     part = pid % SPLIT
-    head = (pid // SPLIT) % HEADS
-    token = (pid // (SPLIT * HEADS)) * TOKENS + tl.arange(0, TOKENS)
+    if BY_HEAD:
+        row = (pid // SPLIT) * ROWS + tl.arange(0, ROWS)
+        token, head = row // HEADS, row % HEADS
+    else:
+        token = (pid // (SPLIT * HEADS)) * ROWS + tl.arange(0, ROWS)
+        head = (pid // SPLIT) % HEADS
     live = token < tokens
     b, s = batch_and_position(token, length, FLAT)
     o_at = o_ptr + b * o_sb + s * o_ss + head.to(tl.int64) * o_sh
@@ -102,6 +110,10 @@ def inv_rope_quant_kernel(
     t = token.to(tl.int64)
     codes_at = codes_ptr + t * c_st + (head // PER).to(tl.int64) * c_sg + (head % PER) * D
     scale_at = scale_ptr + t * s_st + (head // PER).to(tl.int64) * s_sg
+    k = (head % PER) * (D // GROUP) + part * BLOCKS
+    WIDTH: tl.constexpr = triton.next_power_of_2(BLOCKS)
+    block = tl.arange(0, WIDTH)
+    scales = tl.zeros((ROWS, WIDTH), tl.float32)
     for i in tl.static_range(BLOCKS):
         first = (part * BLOCKS + i) * GROUP
         x = tl.load(o_at[:, None] + (first + lane)[None, :], mask=live[:, None], other=0.0)
@@ -110,18 +122,23 @@ def inv_rope_quant_kernel(
         # compiling; otherwise the branch is uniform over the program.
         if SPLIT == 1:
             if (i + 1) * GROUP > NOPE:
-                y = _rotated(y, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE, GROUP, TOKENS,
+                y = _rotated(y, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE, GROUP, ROWS,
                              EVERY, PRECISE, x.dtype)
         else:
             if first + GROUP > NOPE:
-                y = _rotated(y, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE, GROUP, TOKENS,
+                y = _rotated(y, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE, GROUP, ROWS,
                              EVERY, PRECISE, x.dtype)
         scale = block_scale(abs_max(y, 1), FLOOR, POW2, VIA_MUL)
         codes = divide(y, scale[:, None], POW2, FLOOR < 1e-30, NARROW).to(tl.float8e4nv)
         tl.store(codes_at[:, None] + (first + lane)[None, :], codes, mask=live[:, None])
-        k = (head % PER) * (D // GROUP) + part * BLOCKS + i
-        tl.store(scale_at + k.to(tl.int64) * s_sk, tl.where(live, scale, 0.0),
-                 mask=token < padded)
+        if BY_HEAD:
+            scales = tl.where((block == i)[None, :], scale[:, None], scales)
+        else:
+            tl.store(scale_at + (k + i).to(tl.int64) * s_sk, tl.where(live, scale, 0.0),
+                     mask=token < padded)
+    if BY_HEAD:  # all of them at a time: memory is written by 64 bytes
+        at = (scale_at + k.to(tl.int64))[:, None] + block[None, :]
+        tl.store(at, scales, mask=live[:, None] & (block < BLOCKS)[None, :])
 
 
 def _check(o: Tensor, cos: Tensor, sin: Tensor, groups: int, group: int) -> None:
@@ -165,12 +182,14 @@ def _launch(
     padded = common.align4(tokens) if col_major else tokens
     steps = common.strides(scales)
     sg, sk, st = steps if col_major else (*steps[1:], steps[0])
-    grid = (common.cdiv(padded, config.rows) * heads * (d // group // blocks),)
+    by_head = not col_major
+    programs = common.cdiv(tokens * heads if by_head else padded, config.rows)
+    grid = (programs * (1 if by_head else heads) * (d // group // blocks),)
     wrap_triton(inv_rope_quant_kernel)[grid](
         o, codes, scales, cos, sin, tokens, padded, length, *common.strides(o)[:3],
         *common.strides(codes)[:2], st, sg, sk, *common.strides(cos), *common.strides(sin),
         D=d, NOPE=d - 2 * cos.shape[-1], HEADS=heads, PER=heads // codes.shape[1], GROUP=group,
-        BLOCKS=blocks, TOKENS=config.rows, FLAT=common.flat_mode(batch, length),
+        BLOCKS=blocks, ROWS=config.rows, BY_HEAD=by_head, FLAT=common.flat_mode(batch, length),
         EVERY=rope_rounding == "every" and not precise and cos.dtype == o.dtype,
         PRECISE=precise, FLOOR=floor, POW2=scale == "pow2", VIA_MUL=via == "mul",
         num_warps=config.warps,

@@ -117,3 +117,11 @@ def test_inductor_is_really_timed():
     """With the real stopwatch on this machine: both times are there and positive."""
     site = explained()
     assert site.status in ("taken", "declined") and "µs" in site.reason
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_random_numbers():
+    """What cannot be timed does not break what is compiled behind it: Inductor draws too."""
+    with pytest.raises(RuntimeError):
+        measure.replayed(torch.cuda.synchronize)
+    assert torch.randn(8, device="cuda").isfinite().all()

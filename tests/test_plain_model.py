@@ -10,7 +10,14 @@ import dataclasses
 import pytest
 import torch
 
-from examples.deepseek_v4 import PRESETS, Config, Transformer, load_transformers, randomize
+from examples.deepseek_v4 import (
+    PRESETS,
+    Config,
+    Transformer,
+    load_transformers,
+    moe,
+    randomize,
+)
 from examples.deepseek_v4.compressor import ring_slot
 from examples.deepseek_v4.generate import generate, pad
 
@@ -295,3 +302,14 @@ def test_presets():
             model = Transformer(dataclasses.replace(PRESETS[name], n_mtp_layers=0))
         count = sum(weight.numel() for weight in model.parameters())
         assert count == pytest.approx(billions * 1e9, rel=0.02)
+
+
+def test_rows_without_a_grouped_product_come_in_parts(monkeypatch):
+    """Where each row copies its expert's matrix, many rows would be many copies at a time."""
+    rows, weights = torch.randn(11, 8), torch.randn(3, 4, 8)
+    experts = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3])  # one that is elsewhere, at the end
+    whole = moe.grouped_mm(rows, weights, experts)
+    monkeypatch.setattr(moe, "COPIES", 4)
+    parts = moe.grouped_mm(rows, weights, experts)
+    torch.testing.assert_close(parts[:-1], whole[:-1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole[4], weights[1] @ rows[4])

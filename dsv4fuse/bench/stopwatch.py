@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dsv4fuse import compat
+
 CALLS, WARM_UP = 20, 3
 
 
@@ -42,7 +44,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with compat.capturing(), torch.cuda.graph(graph):
         call()
     return graph.replay
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .config import Config
 
+COPIES = 256  # of an expert's matrix at a time, where there is no grouped product
+
 
 def clamp_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """gate, up ``[..., I]``; the gate is clamped from above only."""
@@ -73,10 +75,13 @@ def grouped_mm(rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
 
     Shapes are static, how many rows an expert has is a tensor: one graph for prefill and
     decode. torch.compile knows ``F.grouped_mm`` in bf16 only; any other dtype copies a matrix
-    per row, which suits small models.
+    per row, for so many rows at a time, which suits small models.
     """
     if rows.dtype != torch.bfloat16:
         present = experts.clamp(max=weights.shape[0] - 1)
+        if rows.shape[0] > COPIES:
+            parts = zip(rows.split(COPIES), present.split(COPIES), strict=True)
+            return torch.cat([grouped_mm(r, weights, e) for r, e in parts])
         return torch.matmul(weights[present], rows.unsqueeze(-1)).squeeze(-1)
     every = torch.arange(weights.shape[0], device=rows.device)
     ends = torch.searchsorted(experts, every, right=True, out_int32=True)
