@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import typer
+from rich.console import Console
+
+WIDE = 200  # characters
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -24,10 +29,14 @@ def write(file: str, text: str) -> None:
         fail(f"The report could not be written to {file!r}: {error.strerror}.", 2)
 
 
+def table_console() -> Console:
+    """For tables of many columns: in a file or a pipe as wide as they are, or they would be cut."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
     """A bar on stderr: called with what is being done and how many steps there may be in all."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
 

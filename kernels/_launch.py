@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import get_cache_invalidating_env_vars
 from triton.runtime import cache, driver
-from triton.runtime.jit import JITFunction, MockTensor
+from triton.runtime.jit import JITCallable, JITFunction, MockTensor
 
 from . import _common as common
 
@@ -58,7 +58,27 @@ def wrap_triton(kernel: Any) -> Any:
     do = _instead.get()
     if do is not None:
         return _Replaced(kernel, do)
-    return kernel if common.INTERPRET.value else torch.library.wrap_triton(kernel)
+    return kernel if common.INTERPRET.value else torch.library.wrap_triton(settled(kernel))
+
+
+_settled: set[int] = set()
+
+
+def settled(function: Any) -> Any:
+    """The function, its key in Triton's cache the one that it has in any process.
+
+    Triton makes the constants that a function reads a part of its key, but those that functions
+    which it calls read only if these have keys already. Here they get theirs first.
+    """
+    if id(function) not in _settled:
+        _settled.add(id(function))
+        python = function.fn
+        for name in python.__code__.co_names:
+            if isinstance(called := python.__globals__.get(name), JITCallable):
+                settled(called)
+        function.hash = None
+        function.cache_key  # noqa: B018  (computes it)
+    return function
 
 
 def target() -> int | str | None:
@@ -89,7 +109,7 @@ class Specialised:
         object.__setattr__(self, "made_of", made_of)
 
     def source(self) -> ASTSource:
-        kernel = getattr(importlib.import_module(self.module), self.name)
+        kernel = settled(getattr(importlib.import_module(self.module), self.name))
         return ASTSource(kernel, self.signature, self.constants, self.attributes)
 
     def _key(self) -> tuple[str, dict[str, str]]:

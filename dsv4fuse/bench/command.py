@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dsv4fuse.factory import FactoryError, arguments, build, parse_options
 from dsv4fuse.options import OptionError
-from dsv4fuse.terminal import fail, progress
+from dsv4fuse.terminal import fail, progress, table_console
 
 SHORT = {"hf": "examples.models:hf", "plain": "examples.models:plain"}
 # What a model is asked for where nobody says otherwise: where there is no GPU, and on one.
@@ -176,7 +175,7 @@ def kernels(
             )
     except RuntimeError as error:
         fail(str(error), 2)
-    Console().print(built.table(found, capability))
+    table_console().print(built.table(found, capability))
     if json_file:
         built.save(found, pathlib.Path(json_file), capability)
     said = built.wrong(found, capability)

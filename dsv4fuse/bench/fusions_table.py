@@ -5,13 +5,13 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from dsv4fuse.bench import fusions, workers
 from dsv4fuse.bench.fusions import Row, Site
 from dsv4fuse.bench.machine import environment
 from dsv4fuse.fusion import registry
+from dsv4fuse.terminal import table_console
 from dsv4fuse.verify import said
 
 
@@ -25,7 +25,7 @@ def run(
     ``progress`` is called before each row with its name and the number of all steps. More than one
     of ``processes``: so many compile all rows before the first is timed, a step each.
     """
-    console, rows, wrong = Console(), list[Row](), list[str]()
+    console, rows, wrong = table_console(), list[Row](), list[str]()
     made_on, sites = environment(), list(_sites(names, models, tokens))
     steps = len(sites) * (2 if processes > 1 else 1)
     shown = lambda text: progress(text, steps)  # noqa: E731
