@@ -35,6 +35,8 @@ def in_front(
         if _inlined(node) and node not in planned and inside | found >= set(node.users):
             found.add(node)
             left |= set(node.all_input_nodes)
+    # A part of what others read parts of stays outside: what is drawn for a site are tensors.
+    found = {n for n in found if all(a in found or is_tensor(a) for a in n.all_input_nodes)}
     written = sum(_bytes(n) for n in candidate.inputs if _computed(n, found))
     whole = sum(map(_bytes, (*candidate.inputs, *candidate.outputs)))
     return sorted(found) if written > PART * whole and candidate.settled is None else []

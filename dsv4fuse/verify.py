@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -193,27 +194,32 @@ def _steps(x: Tensor, true: Tensor, dtype: torch.dtype) -> float:
 
 
 def signature(candidate: Candidate, region: Iterable[fx.Node]) -> object:
-    """Equal for regions that compute the same on inputs alike."""
+    """Equal for regions that compute the same on inputs alike, on any GPU of a kind: each rank of a
+    job has another one."""
     number: dict[fx.Node, object] = {}
 
-    def like(node: fx.Node) -> object:
-        value = node.meta.get("val")
+    def like(value: Any) -> object:
+        if isinstance(value, tuple | list):
+            return tuple(map(like, value))
         if isinstance(value, Tensor):
             return (tuple(map(str, value.shape)), tuple(map(str, value.stride())),
-                    value.dtype, value.device)  # fmt: skip
+                    value.dtype, value.device.type)  # fmt: skip
         return str(value)
 
     def name(node: fx.Node) -> str:
         return f"%{number.setdefault(node, len(number))}"
 
+    def argument(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return value.type
+        return name(value) if isinstance(value, fx.Node) else value
+
     rows = []
     for node in region:
-        args = fx.node.map_arg((node.args, node.kwargs), name)
-        leaves = tuple(like(a) for a in node.all_input_nodes)
+        args = fx.node.map_aggregate((node.args, node.kwargs), argument)
+        leaves = tuple(like(a.meta.get("val")) for a in node.all_input_nodes)
         rows.append((name(node), str(node.target), repr(args), leaves))
-    inputs = tuple((name(n), like(n)) for n in candidate.inputs)
+    inputs = tuple((name(n), like(n.meta.get("val"))) for n in candidate.inputs)
     bases = [samples.shows(n, candidate.inputs) for n in candidate.inputs]
     same = tuple(base and name(base) for base in bases)
     return (tuple(rows), inputs, same, str(sorted(candidate.detail.items())))
-
-

@@ -60,7 +60,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-# The two models: the whole one, this rank's share of it, and its calls. --------------------------
+# The two models: the whole one, this rank's share of it, and its calls: a prefill compiled by
+# ``prompt`` and a decode step compiled by ``step``. ---------------------------------------------
 
 
 class Plain:
@@ -86,11 +87,11 @@ class Plain:
         mesh = dist.device_mesh.init_device_mesh(kind, (dist.get_world_size(),))
         return parallelize(copy.deepcopy(self.whole), mesh)
 
-    def calls(self, model: Any, tokens: Tensor, compiled: Compile) -> Calls:
+    def calls(self, model: Any, tokens: Tensor, prompt: Compile, step: Compile) -> Calls:
         batch, length = tokens.shape
         model.allocate(batch, length + 1)
         positions = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
-        prefill, decode = compiled(model.forward), compiled(model.decode)
+        prefill, decode = prompt(model.forward), step(model.decode)
         here = positions[:, -1:] + 1
         return {
             "prefill": lambda: prefill(tokens, positions, True),
@@ -126,19 +127,20 @@ class Transformers:
         # The whole model is of one dtype; as loaded, norms are fp32, which 5.17 cannot multiply.
         return model.to(dtype).eval()
 
-    def calls(self, model: Any, tokens: Tensor, compiled: Compile) -> Calls:
+    def calls(self, model: Any, tokens: Tensor, prompt: Compile, step: Compile) -> Calls:
         from dsv4fuse.models.hf import StaticV4Cache
 
         batch, length = tokens.shape
         cache = StaticV4Cache(model, batch, length + TIMED_STEPS)
-        step, position = compiled(model), torch.full_like(tokens[:, :1], length)
+        read, write = prompt(model), step(model)
+        position = torch.full_like(tokens[:, :1], length)
 
         def prefill() -> Tensor:
             cache.reset()
-            return step(tokens, past_key_values=cache).logits
+            return read(tokens, past_key_values=cache).logits
 
         def decode() -> Tensor:
-            return step(tokens[:, :1], position_ids=position, past_key_values=cache).logits
+            return write(tokens[:, :1], position_ids=position, past_key_values=cache).logits
 
         return {"prefill": prefill, "decode": decode}
 
@@ -147,6 +149,10 @@ class Transformers:
 
 # A graph for each size: Dynamo cannot trace a distributed embedding of an unknown one (torch 2.13).
 GRAPHS = {"fullgraph": True, "dynamic": False}
+
+
+def as_it_is(f: Any) -> Any:
+    return f
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,12 +171,12 @@ def off(found: Tensor, true: Tensor) -> list[float]:
 def compare(args: argparse.Namespace, job: Any, tokens: Tensor, split: nn.Module) -> Any:
     """The errors of each step against the whole model, and the sites taken on each rank."""
     wide = copy.deepcopy(job.whole).float()
-    plain = {name: job.calls(m, tokens, lambda f: f) for name, m in
+    plain = {name: job.calls(m, tokens, as_it_is, as_it_is) for name, m in
              (("whole", job.whole), ("true", wide))}  # fmt: skip
     fusing = lambda f: torch.compile(  # noqa: E731
         f, backend=backend(), options=options(args), **GRAPHS
     )
-    calls, out = job.calls(split, tokens, fusing), {}
+    calls, out = job.calls(split, tokens, fusing, fusing), {}
     for step, call in calls.items():
         found, whole, true = call(), plain["whole"][step](), plain["true"][step]()
         everywhere: list[Any] = [None] * dist.get_world_size()
@@ -188,10 +194,10 @@ def compare(args: argparse.Namespace, job: Any, tokens: Tensor, split: nn.Module
 
 def timed(args: argparse.Namespace, job: Any, tokens: Tensor, split: nn.Module, fused: Calls):
     """Rows of ms per decode step: as it is, compiled with Inductor, fused."""
-    ways = {"eager": job.calls(split, tokens, lambda f: f)}
+    ways = {"eager": job.calls(split, tokens, as_it_is, as_it_is)}
     if args.inductor:
-        compiled = job.calls(split, tokens, lambda f: torch.compile(f, **GRAPHS))
-        ways["torch.compile (Inductor)"] = compiled
+        inductor = lambda f: torch.compile(f, **GRAPHS)  # noqa: E731
+        ways["torch.compile (Inductor)"] = job.calls(split, tokens, as_it_is, inductor)
     ways[f"dsv4fuse ({'Inductor' if args.inductor else 'node by node'})"] = fused
     rows = []
     for name, calls in ways.items():

@@ -100,6 +100,22 @@ def test_what_inductor_would_inline_is_timed_with_the_site(monkeypatch, also_rea
         assert torch.equal(fused(x, gone, False), wanted)
 
 
+def test_a_part_of_what_others_read_parts_of(monkeypatch):
+    """The site's is drawn as a tensor, for the list of parts is not only its own."""
+
+    def parts(x, gone):
+        mine, other = x.sin().split(256, dim=-1)
+        return padded(mine.cos(), gone, False), other.cos()
+
+    asked = choose(monkeypatch, 3.0, 2.0)
+    x, gone = torch.randn(4, 512, dtype=torch.bfloat16), torch.ones(4, 1, dtype=torch.bool)
+    with torch.no_grad():
+        report = dsv4fuse.explain(parts, x, gone, options={"select": "measure"})
+    (site,) = report.sites
+    assert site.status == "taken", site.reason
+    assert [tuple(given[0].shape) for given in asked] == [(4, 256)] * 2
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"inductor": "fast", "ours": 1}', b"{}"])
 def test_a_damaged_file_of_times_is_measured_again(store, content):
     cache.save_times("k", (1.0, 2.0))

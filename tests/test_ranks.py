@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsv4fuse
-from dsv4fuse import backend, cache, measure, ranks, trial
-from dsv4fuse.fusion import Sizes, registry
+from dsv4fuse import backend, cache, measure, ranks, trial, verify
+from dsv4fuse.fusion import Candidate, Sizes, registry
 
 SIZES = Sizes(inter=128)
 
@@ -114,6 +117,27 @@ def test_a_rank_takes_what_another_one_timed(job):
     assert unasked == [2.5, 10.0]
     job(dist.HashStore(), 2.5, 10.0)
     assert explained().status == "declined", "another job asks anew"
+
+
+def test_a_site_is_the_same_on_every_ranks_gpu():
+    """Whose numbers differ, in values, inside of lists of them, and in what makes tensors there."""
+
+    def of(gpu: str) -> object:
+        graph, device = fx.Graph(), torch.device(gpu)
+        with FakeTensorMode():
+            value = torch.empty(4, 8, device="meta")
+        value.fake_device = device
+        x = graph.placeholder("x")
+        rows = graph.call_function(torch.ops.aten.split.Tensor, (x, 2))
+        part = graph.call_function(operator.getitem, (rows, 0))
+        ones = graph.call_function(torch.ops.aten.ones.default, ([2, 8],), {"device": device})
+        out = graph.call_function(torch.ops.aten.mul.Tensor, (part, ones))
+        for node, val in ((x, value), (rows, [value, value]), (part, value), (ones, value)):
+            node.meta["val"] = val
+        site = Candidate("f", out, [x], [out], lambda *_: [])
+        return verify.signature(site, [rows, part, ones, out])
+
+    assert of("cuda:0") == of("cuda:1") != of("cpu")
 
 
 def test_a_rank_whose_kernel_is_wrong_leaves_the_site_alone(job, monkeypatch):
