@@ -158,6 +158,13 @@ def check_turn(
         common.require(not group or bool(fp4), "rows turned by a matrix are quantised to fp4 only")
 
 
+def in_a_row(z: Sizes, *places: Tensor | None) -> bool:
+    """Does a single batch hold many requests, each with its own page and place? A program takes one
+    request, and looks at its entries one after another."""
+    apart = all(t is not None and t.dim() == 2 and t.stride(1) != 0 for t in places)
+    return apart and isinstance(z.batch, int) and z.batch == 1
+
+
 def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:
     """The launch for that many windows, of the plan for those sizes; raises ValueError."""
     common.require_static(width=z.width, head_dim=z.dim, rope_dim=z.half)

@@ -38,6 +38,8 @@ Source   TensorRT-LLM #14124 (reduction of a wide window over several warps, one
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -53,7 +55,7 @@ from ._fp4 import fp4_form
 from ._launch import wrap_triton
 from ._norms import out_dtype
 from ._turn import turned
-from ._windows import check, check_turn, choose, columns_turned, finish_warps
+from ._windows import check, check_turn, choose, columns_turned, finish_warps, in_a_row
 
 
 def _tensors(ends: Tensor | None, filler: Tensor, **given: Tensor | None) -> dict[str, object]:
@@ -83,6 +85,10 @@ def launch(
               masked=masked)  # fmt: skip
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
     check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
+    if spare and not keep and in_a_row(z, page, slot, seq):
+        turned_over = (t.transpose(0, 1) for t in (cos, sin, ends, page, slot, seq))
+        cos, sin, ends, page, slot, seq = turned_over
+        z = replace(z, batch=z.count, count=1)
     entries = z.batch * z.count
     few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
     groups = z.batch if few else entries

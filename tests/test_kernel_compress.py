@@ -371,6 +371,29 @@ def test_every_launch(monkeypatch, form, launch):
                 assert (found == 777.0).all()
 
 
+@pytest.mark.parametrize("count", [2, 11])
+def test_requests_in_a_row(monkeypatch, count):
+    """A decode step's requests as one batch, as a single axis of tokens is bound: each is a
+    program's, and a batch of its own. Entries that share a page are one request's, and stay."""
+    width, dim, seen = 4, 48, []
+    asked = lambda z, *rest: seen.append((z.batch, z.count)) or windows.choose(z, *rest)  # noqa: E731
+    monkeypatch.setattr(compress, "choose", asked)
+    closed = torch.arange(count, device=DEVICE)[:, None] % 3 != 1
+    ends = torch.where(closed, 3 * width - 1, -1)
+    given = gathered(count, 1, (width, width, dim), ends, 2 * width)
+    how = dict(BASE, width=width, ring=2 * width, masked=True, keep=False, spare=True)
+    row = replace(given, **{
+        name: getattr(given, name).transpose(0, 1) for name in ("cos", "sin", "ends", "page")
+    })  # fmt: skip
+    slot, caches = torch.where(closed, 2, 4), [poisoned(count, 5, dim) for _ in "abc"]
+    compress.compress_kv_cache(*given.all(), caches[0], slot, given.page, **how)
+    compress.compress_kv_cache(*row.all(), caches[1], slot.t(), row.page, **how)
+    assert torch.equal(caches[0], caches[1]) and (caches[0] != 777.0).any()
+    shared = replace(row, page=row.page[:, :1].expand(1, count))
+    compress.compress_kv_cache(*shared.all(), caches[2], slot.t(), shared.page, **how)
+    assert seen == [(count, 1), (count, 1), (1, count)]
+
+
 def calls(small):
     windows, ring = small(2, small.length, 4, 128), small(2, 9, 128)
     cache = small(2, 4 * small.length, 128)  # slots from -length to 3 * length, each row once
