@@ -24,7 +24,10 @@ from rich.table import Table
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "versions.json"
 # What a version of torch can break; the kernels and the command line are not among it.
-TESTS = ("spellings", "rules", "rules_held", "maps", "contract", "compat", "near_miss", "models")
+TESTS = (
+    "spellings", "rules", "rules_held", "maps", "contract", "compat", "ahead", "compile_workers",
+    "near_miss", "models",
+)  # fmt: skip
 # Of torch's choosing, or not to be built here.
 LEFT_OPEN = ("torch==", "triton==", "sympy==", "setuptools==")
 
