@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dsv4fuse.__main__ import app
 from dsv4fuse.bench import fusions as bench
 from dsv4fuse.bench import fusions_table, workers
-from dsv4fuse.fusion import Example, registry
+from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.report import FusionError
 
 MADE_ON = {"gpu": "a GPU", "capability": [9, 0], "torch": "2", "triton": "3", "date": "today"}
@@ -159,6 +159,34 @@ def test_plot_of_what_was_measured(machine, tmp_path):
 def test_one_fusion_on_a_gpu():
     made = bench.measure("moe_router", "topk", "flash", 64)
     assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0
+
+
+@pytest.mark.parametrize("little", [True, False])
+def test_what_moves_little_is_timed_at_several_places(monkeypatch, little):
+    """On a CPU, the stopwatches replaced: both ways get the same places, all held at once."""
+    made, timed = [], []
+
+    def example(name, variant, model, tokens):
+        torch.manual_seed(0)
+        made.append(registry()[name].examples[variant](tokens, Sizes(), "cpu"))
+        return made[-1]
+
+    def warm(fn, places):
+        timed.append([inputs[0].data_ptr() if inputs else None for inputs in places])
+        for inputs in places:
+            fn(*inputs)
+        return [2.0, 3.0]
+
+    monkeypatch.setattr(bench, "example", example)
+    monkeypatch.setattr(bench, "_warm", warm)
+    monkeypatch.setattr(bench, "cold", lambda call: 1.0)
+    monkeypatch.setattr(bench, "LITTLE", 1 << 20 if little else 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    row = bench.measure("moe_router", "topk", "flash", 3)
+    assert row.agrees and row.ours == 2.5
+    ours, inductor, eager = timed
+    assert ours == inductor and len(set(ours)) == len(made) == (bench.PLACES if little else 1)
+    assert len(eager) == 1
 
 
 def test_workers_compile_all_before_they_measure(machine, monkeypatch, tmp_path):
