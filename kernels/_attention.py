@@ -52,8 +52,11 @@ def tiling(rows: int, heads: int, own_keys: bool) -> tuple[int, int]:
 
 
 def splits_for(programs: int | torch.SymInt, tiles: int | torch.SymInt) -> int:
-    """Into how many parts the keys of one program are split to occupy the GPU."""
-    return max(1, min(PROGRAMS // max(1, common.size_hint(programs)), common.size_hint(tiles), 64))
+    """Into how many parts the keys of one program are split to occupy the GPU: no more than make
+    the longest of them shorter, for each is written and merged."""
+    count = max(1, common.size_hint(tiles))
+    most = max(1, min(PROGRAMS // max(1, common.size_hint(programs)), count, 64))
+    return cdiv(count, cdiv(count, most))
 
 
 def launch(

@@ -168,6 +168,17 @@ def test_tiles_that_nobody_sees_are_not_read(kind, value, monkeypatch):
     assert steps(found[:, rows], true) <= 2 and not found[:, rows].isnan().any()
 
 
+@pytest.mark.parametrize("tiles", [0, 1, 2, 9, 10, 20, 64, 200])
+@pytest.mark.parametrize("programs", [1, 4, 16, 40, 64, 132, 500])
+def test_no_split_is_without_keys(programs, tiles):
+    """As many as the GPU has room for, or fewer of which the longest has no more tiles."""
+    splits = attention.splits_for(programs, tiles)
+    room = max(1, min(attention.PROGRAMS // programs, tiles, 64))
+    longest = -(-tiles // splits)
+    assert 1 <= splits <= room and longest == -(-tiles // room)
+    assert tiles == 0 or (splits - 1) * longest < tiles
+
+
 @pytest.mark.parametrize("splits", [1, 3, 4])
 def test_split_keys_are_merged(splits, monkeypatch):
     monkeypatch.setattr(attention, "splits_for", lambda programs, tiles: splits)
