@@ -161,8 +161,11 @@ def check_turn(
 def in_a_row(z: Sizes, *places: Tensor | None) -> bool:
     """Does a single batch hold many requests, each with its own page and place? A program takes one
     request, and looks at its entries one after another."""
-    apart = all(t is not None and t.dim() == 2 and t.stride(1) != 0 for t in places)
-    return apart and isinstance(z.batch, int) and z.batch == 1
+    many = (
+        t is not None and t.dim() == 2 and t.stride(1) != 0 and not common.is_one(t.shape[1])
+        for t in places
+    )
+    return isinstance(z.batch, int) and z.batch == 1 and all(many)
 
 
 def choose(z: Sizes, windows: int | torch.SymInt, decoding: bool) -> Launch:
