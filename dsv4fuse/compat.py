@@ -1,4 +1,5 @@
-"""Everything that depends on how a version of torch works inside, with a test each.
+"""What depends on how a version of torch works inside, with a test each; what launches of Triton's
+kernels ask of it is in ``accesses`` and ``compile_workers``, its clocks in ``bench.stopwatch``.
 
 torch 2.11 to 2.15: ``joint_custom_pre_pass`` is called with the functional ATen graph before any
 pass of Inductor's own; 2.11 and 2.12 take one callable, lists only from 2.13.
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._dynamo.utils import compilation_time_metrics
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
@@ -295,20 +295,3 @@ def fresh_caches() -> contextlib.AbstractContextManager[None]:
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
-
-
-def compile_seconds() -> dict[str, float]:
-    """Where the seconds of all compiling in this process went, by torch's own clocks; a pass like
-    ours is among those of the joint graph."""
-    clocks = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
-    frames, backend, joint, inner, kernels = (clocks.get(name, 0.0) for name in (
-        "_compile.compile_inner", "OutputGraph.call_user_compiler",
-        "_recursive_joint_graph_passes", "compile_fx_inner", "async_compile.wait",
-    ))  # fmt: skip
-    return {
-        "Dynamo": frames - backend,
-        "AOTAutograd": max(0.0, backend - joint - inner),
-        "joint graph's passes": joint,
-        "Inductor": inner - kernels,
-        "waiting for its kernels": kernels,
-    }

@@ -30,7 +30,7 @@ def write(file: str, text: str) -> None:
 
 
 def table_console() -> Console:
-    """For tables of many columns: in a file or a pipe as wide as they are, or they would be cut."""
+    """For tables of many columns, which the 80 characters of a file or a pipe would cut."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 
 

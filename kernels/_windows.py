@@ -158,9 +158,18 @@ def check_turn(
         common.require(not group or bool(fp4), "rows turned by a matrix are quantised to fp4 only")
 
 
+def rows_of(ends: Tensor | None, filler: Tensor, **given: Tensor | None) -> dict[str, object]:
+    """Pointers and strides of what holds the rows, which ``ends`` look for."""
+    out: dict[str, object] = {}
+    for name, t in given.items():
+        out[f"{name}_ptr"] = filler if t is None else t
+        out |= {f"{name}_ss": 0} | common.named_strides(t, name, "bsw" if ends is None else "bw")
+    return out
+
+
 def in_a_row(z: Sizes, *places: Tensor | None) -> bool:
-    """Does a single batch hold many requests, each with its own page and place? A program takes one
-    request, and looks at its entries one after another."""
+    """Does a single batch hold many requests, each with its own page and place? A program takes a
+    batch, and looks at its entries one after another: each request should be a batch then."""
     many = (
         t is not None and t.dim() == 2 and t.stride(1) != 0 and not common.is_one(t.shape[1])
         for t in places

@@ -38,8 +38,6 @@ Source   TensorRT-LLM #14124 (reduction of a wide window over several warps, one
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 from torch import Tensor
@@ -55,16 +53,16 @@ from ._fp4 import fp4_form
 from ._launch import wrap_triton
 from ._norms import out_dtype
 from ._turn import turned
-from ._windows import check, check_turn, choose, columns_turned, finish_warps, in_a_row
-
-
-def _tensors(ends: Tensor | None, filler: Tensor, **given: Tensor | None) -> dict[str, object]:
-    """The windows' pointers and strides."""
-    out: dict[str, object] = {}
-    for name, t in given.items():
-        out[f"{name}_ptr"] = filler if t is None else t
-        out |= {f"{name}_ss": 0} | common.named_strides(t, name, "bsw" if ends is None else "bw")
-    return out
+from ._windows import (
+    check,
+    check_turn,
+    choose,
+    columns_turned,
+    finish_warps,
+    in_a_row,
+    rows_of,
+    sizes,
+)
 
 
 def launch(
@@ -85,12 +83,13 @@ def launch(
               masked=masked)  # fmt: skip
     out = allocate(kv, cos, weight, norm, pool_dtype, keep)
     check_turn(z, matrix, out.dtype, quant_group, quant_fp4)
-    if spare and not keep and in_a_row(z, page, slot, seq):
-        turned_over = (t.transpose(0, 1) for t in (cos, sin, ends, page, slot, seq))
-        cos, sin, ends, page, slot, seq = turned_over
-        z = replace(z, batch=z.count, count=1)
+    skips = spare and not keep
+    if skips and in_a_row(z, page, slot, seq):
+        swapped = (t.transpose(0, 1) for t in (cos, sin, ends, page, slot, seq))
+        cos, sin, ends, page, slot, seq = swapped
+        z = sizes(kv, kv_before, cos, width, pool_rounding)
     entries = z.batch * z.count
-    few = isinstance(z.count, int) and z.count <= 8 and spare and not keep
+    few = skips and isinstance(z.count, int) and z.count <= 8
     groups = z.batch if few else entries
     chosen = choose(z, groups, few)
     step = min(chosen.step, z.width)
@@ -98,7 +97,7 @@ def launch(
     pooled_dtype = torch.float32 if precise else pool_dtype
     pooled = kv.new_empty((entries, z.dim) if chosen.columns else (0,), dtype=pooled_dtype)
     arguments = dict(
-        **_tensors(ends, kv, kv=kv, kvb=kv_before, gate=gate, gateb=gate_before),
+        **rows_of(ends, kv, kv=kv, kvb=kv_before, gate=gate, gateb=gate_before),
         **host.cache_arguments(
             cache, slot, seq, slot_start, seq_start, flat_slot, wrap, out.dtype, None, kv
         ),
@@ -114,14 +113,12 @@ def launch(
         **common.named_strides(matrix, "m", "io"), FACTOR=factor,
         cos_ptr=cos, sin_ptr=sin, pooled_ptr=pooled, out_ptr=out, length=z.count,
         entries=entries, D=z.dim, HALF=z.half, FLAT=common.flat_mode(z.batch, z.count),
-        LANES=triton.next_power_of_2(z.count) if few else 0,
-        STEP=step, TILES=min(chosen.tiles, z.width // max(step, 1)),
-        STAGES=chosen.stages,
+        LANES=triton.next_power_of_2(z.count) if few else 0, STEP=step,
+        TILES=min(chosen.tiles, z.width // max(step, 1)), STAGES=chosen.stages,
         WIDTH=z.width, BEFORE=z.before, SHIFTED=shifted, GATHER=ends is not None,
         HAS_PAGE=page is not None, RING=ring, MASKED=masked, HAS_BIAS=bias is not None,
-        BIAS_NARROW=narrow_bias and not precise,
-        POOL_EVERY=pool_rounding == "every" and not precise, NARROW=not precise,
-        NORM=common.NORMS[norm], EPS=eps, HAS_W=weight is not None,
+        BIAS_NARROW=narrow_bias and not precise, NARROW=not precise, HAS_W=weight is not None,
+        POOL_EVERY=pool_rounding == "every" and not precise, NORM=common.NORMS[norm], EPS=eps,
         EVERY=rope_rounding == "every" and not precise and cos.dtype == out.dtype,
         PRECISE=precise, KEEP=keep, SPARE=int(spare),
         FP4=fp4_form(quant_fp4, quant_group, quant_scale),

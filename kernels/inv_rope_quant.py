@@ -42,9 +42,9 @@ from ._common import (
 )
 from ._launch import wrap_triton
 
-# Tokens per program by token count; columns = elements of one head per program, 0 = all of
-# them. One warp: a block's amax is a shuffle, no barrier. 4 tokens make one 16-byte store of
-# column-major scales.
+# Rows per program by token count: tokens of a head, or for row-major scales heads of a token;
+# columns = elements of one head per program, 0 = all of them. One warp: a block's amax is a
+# shuffle, no barrier. 4 tokens make a 16-byte store of column-major scales, 4 heads one of 64.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (2, Config(rows=1, warps=1, columns=128)),
     (4, Config(rows=2, warps=1, columns=128)),

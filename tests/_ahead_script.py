@@ -86,22 +86,19 @@ def launched(names):
 
 
 def planned(name):
-    """How often Triton made its IR for a plan alone, then for two more, and
-    how many answers there are."""
+    """How often Triton made its IR for one plan, then for two that ask once, and how many answers
+    there are in all."""
     (site, _), *_ = pipeline.candidates(Scene(on_gpu(graph(name))), OPTIONS)
     made, real = [], triton_kernel_wrap.generate_ttir
     triton_kernel_wrap.generate_ttir = lambda kernel, *rest: made.append(kernel) or real(
         kernel, *rest
     )
-    plans = [[rewrite.plan(site)], []]
+    plans = [rewrite.plan(site)]
     alone = len(made)
     with accesses.asked_once():
-        plans[1] = [rewrite.plan(site) for _ in range(2)]
+        plans += [rewrite.plan(site) for _ in range(2)]
     triton_kernel_wrap.generate_ttir = real
-    written = {
-        repr([n.kwargs.get("tensors_to_clone") for n in plan.graph.nodes])
-        for half in plans for plan in half
-    }  # fmt: skip
+    written = {repr([n.kwargs.get("tensors_to_clone") for n in p.graph.nodes]) for p in plans}
     return alone, len(made) - alone, len(written)
 
 

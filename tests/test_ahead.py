@@ -54,7 +54,7 @@ def test_the_pass_compiles_before_it_checks(found):
 
 
 def test_a_kernel_has_one_key_whatever_had_one_before(tmp_path):
-    """Triton's own hangs on the order: with these two 25 of 113 differ."""
+    """Triton's own hangs on the order: with these two 17 of 113 differ (triton 3.7.1)."""
     keys, others = (printed("_keys_script", tmp_path, seed) for seed in ("1", "2"))
     assert len(keys) > 100 and keys == others
 

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsv4fuse
 from dsv4fuse import compat, pipeline, trace
+from dsv4fuse.bench import stopwatch
 from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.options import Options
 from dsv4fuse.scene import Scene
@@ -267,10 +268,10 @@ def test_a_launch_with_a_large_number(monkeypatch):
 
 def test_where_compiling_takes_its_time():
     """Torch keeps a clock for each part under these names."""
-    before = compat.compile_seconds()
+    before = stopwatch.compile_seconds()
     with compat.fresh_caches():
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(3))
-    spent = {part: s - before[part] for part, s in compat.compile_seconds().items()}
+    spent = {part: s - before[part] for part, s in stopwatch.compile_seconds().items()}
     parts = ("Dynamo", "joint graph's passes", "Inductor")  # for kernels it waits on a GPU
     assert all(spent[part] > 0 for part in parts), spent
 

@@ -21,6 +21,7 @@ import triton
 import triton.testing
 from torch import Tensor
 
+from dsv4fuse import compat
 from dsv4fuse.backend import collecting, dsv4fuse
 from dsv4fuse.bench import registers
 from dsv4fuse.fusion import Example, Sizes, registry
@@ -138,16 +139,17 @@ def floor(made: Example, gpu: str) -> float | None:
 def _warm(fn: Callable[..., object], places: Sequence[tuple[Tensor, ...]]) -> list[float]:
     """µs of each replay of graphs with many calls, one for the inputs of each place."""
     times: list[float] = []
+    rep = 20 // len(places)
     for inputs in places:
         call = lambda given=inputs: fn(*given)  # noqa: E731
-        rep = 20 // len(places)
         times += triton.testing.do_bench_cudagraph(call, rep=rep, return_mode="all")
     return [1e3 * t for t in times]
 
 
 def _captured(call: Callable[[], object]) -> float | None:
     try:
-        return statistics.median(_warm(call, [()]))
+        with compat.capturing():
+            return statistics.median(_warm(call, [()]))
     except RuntimeError:  # it waits for the host or allocates in a way that no graph holds
         torch.cuda.synchronize()
         return None

@@ -182,7 +182,7 @@ class _Step:
     def _compile(self, call: Callable[[], Any], on_gpu: bool) -> list[Tensor]:
         """Calls until nothing is compiled any more; the floats of the first result, on the CPU."""
         spent, compilations, values = 0.0, 0, list[Tensor]()
-        before = compat.compile_seconds()
+        before = stopwatch.compile_seconds()
         for number in range(MOST_COMPILATIONS + 1):
             graphs = counters["stats"]["unique_graphs"]
             seconds, result = stopwatch.seconds(call, on_gpu)
@@ -196,7 +196,7 @@ class _Step:
             spent, compilations = spent + seconds, compilations + compiled
         self.found |= {"compile_s": spent, "compilations": compilations}
         if compilations:
-            parts = {k: v - before[k] for k, v in compat.compile_seconds().items()}
+            parts = {k: v - before[k] for k, v in stopwatch.compile_seconds().items()}
             self.found["parts"] = parts
         if self.way == "dsv4fuse":
             self.found |= {"pass_s": self.report.seconds, "spent": dict(self.report.spent)}

@@ -1,4 +1,5 @@
-"""Times of a call as its user has them: wall clock, the device waited for; and as a CUDA graph."""
+"""Times of a call as its user has them: wall clock, the device waited for; as a CUDA graph; and
+where those of compiling went."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.utils import compilation_time_metrics
 
 from dsv4fuse import compat
 
@@ -53,3 +55,20 @@ def wait(on_gpu: bool) -> None:
     """Until the GPU has done what it was given."""
     if on_gpu:
         torch.cuda.synchronize()
+
+
+def compile_seconds() -> dict[str, float]:
+    """Where the seconds of all compiling in this process went, by torch's own clocks; a pass like
+    ours is among those of the joint graph."""
+    clocks = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
+    frames, backend, joint, inner, kernels = (clocks.get(name, 0.0) for name in (
+        "_compile.compile_inner", "OutputGraph.call_user_compiler",
+        "_recursive_joint_graph_passes", "compile_fx_inner", "async_compile.wait",
+    ))  # fmt: skip
+    return {
+        "Dynamo": frames - backend,
+        "AOTAutograd": max(0.0, backend - joint - inner),
+        "joint graph's passes": joint,
+        "Inductor": inner - kernels,
+        "waiting for its kernels": kernels,
+    }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .config import Config
 
-COPIES = 256  # of an expert's matrix at a time, where there is no grouped product
+COPIES = 256  # of experts' matrices at a time, where there is no grouped product
 
 
 def clamp_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -75,7 +75,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
 
     Shapes are static, how many rows an expert has is a tensor: one graph for prefill and
     decode. torch.compile knows ``F.grouped_mm`` in bf16 only; any other dtype copies a matrix
-    per row, for so many rows at a time, which suits small models.
+    per row, ``COPIES`` at a time, which suits small models.
     """
     if rows.dtype != torch.bfloat16:
         present = experts.clamp(max=weights.shape[0] - 1)
