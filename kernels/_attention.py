@@ -32,11 +32,14 @@ class Shape:
 # By the count of tiles of 64 keys that all queries read. Few are latency: a query's heads in four
 # programs. Beyond that 64 rows share a tile; Hopper's 227 KiB hold them and two tiles of 64 keys.
 SHAPES: tuple[tuple[int | None, Shape], ...] = (
-    (64, Shape(block=32, warps=4, stages=2, rows=16)),
+    (40, Shape(block=32, warps=4, stages=2, rows=16)),
     (None, Shape(block=64, warps=8, stages=2)),
 )
-PROGRAMS = 132  # SMs of the GPU that was measured: fewer programs than that split their keys
 LISTED = (32, 8)  # from so many blocks of tokens and tiles on, the live tiles are listed first
+PROGRAMS = 132  # SMs of the GPU that was measured: fewer programs than that split their keys
+# What it costs to join splits, in tiles that a program goes through meanwhile: the launch, and the
+# fp32 sums of 64 rows, which are written and read.
+JOIN, SUMS = 1.4, 0.03
 
 
 def shape_for(queries: int | torch.SymInt, keys: int | torch.SymInt) -> Shape:
@@ -51,12 +54,18 @@ def tiling(rows: int, heads: int, own_keys: bool) -> tuple[int, int]:
     return (1 if own_keys else rows // width), max(width, 16) if own_keys else width
 
 
-def splits_for(programs: int | torch.SymInt, tiles: int | torch.SymInt) -> int:
-    """Into how many parts the keys of one program are split to occupy the GPU: no more than make
-    the longest of them shorter, for each is written and merged."""
-    count = max(1, common.size_hint(tiles))
-    most = max(1, min(PROGRAMS // max(1, common.size_hint(programs)), count, 64))
-    return cdiv(count, cdiv(count, most))
+def splits_for(
+    programs: int | torch.SymInt, tiles: int | torch.SymInt, rows: int = 64
+) -> int:
+    """Into how many parts the keys of one program of so many rows are split to occupy the GPU."""
+    count, programs = max(1, common.size_hint(tiles)), max(1, common.size_hint(programs))
+    most = max(1, min(PROGRAMS // programs, count, 64))
+
+    def cost(splits: int) -> float:
+        joined = JOIN + SUMS * rows / 64 * programs * splits if splits > 1 else 0.0
+        return cdiv(count, splits) + joined
+
+    return min(range(1, most + 1), key=cost)
 
 
 def launch(
@@ -71,31 +80,47 @@ def launch(
     tokens, width = tiling(shape.rows, heads, keys.own)
     blocks, tiles = batch * cdiv(length, tokens), cdiv(keys.near, shape.block)
     programs = blocks * cdiv(heads, width)
-    splits = splits_for(programs, tiles + cdiv(count, shape.block))
+    live = min(heads, width) * min(tokens, common.size_hint(length))
+    splits = splits_for(programs, tiles + cdiv(count, shape.block), live)
+    rows = shape.rows if keys.own else tokens * width  # few heads: the others' rows stay empty
+    on_hopper = hopper.takes(q, keys, rows, shape.block, splits, live)
+    width = rows // tokens if on_hopper else width
     how = dict(scale=scale, rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens,
                width=width)  # fmt: skip
     shared = arguments(q, keys, mask, sinks, out, **how) | dict(most=tiles)
     listed = keys.kv is not None and worth_listing(mask, nan_empty, blocks, tiles)
     numbers = _list(blocks, tiles, shape, shared) if listed else None
-    rows = shape.rows if keys.own else tokens * width  # few heads: the others' rows stay empty
-    if hopper.takes(q, keys, rows, shape.block, splits):
-        hopper.launch(q, keys, mask, sinks, numbers, out, **how | {"width": rows // tokens})
-        return
-    lanes, parts = max(16, triton.next_power_of_2(d)), (q, q)
-    if splits > 1:
-        rows = splits * programs * tokens * width
-        parts = tuple(q.new_empty((rows, n), dtype=torch.float32) for n in (lanes, 2))
-    shared |= dict(part_ptr=parts[0], stat_ptr=parts[1], D=d, LANES=lanes)
-    _run(attention_kernel, (programs, splits))(
-        **shared, **live_tiles(numbers, q), BLOCK=shape.block, SPLIT=splits > 1,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    if splits > 1:
-        step = min(lanes, 128)
-        _run(merge_kernel, (programs * tokens * width, lanes // step))(
-            **_of(merge_kernel, shared), splits=splits, STEP=step,
-            MOST=triton.next_power_of_2(splits), num_warps=2,
+    lanes = max(16, triton.next_power_of_2(d))
+    parts = _parts(q, splits * programs * tokens * width, lanes) if splits > 1 else None
+    part, stat = parts or (q, q)
+    shared |= dict(part_ptr=part, stat_ptr=stat, D=d, LANES=lanes)
+    if on_hopper:
+        hopper.launch(q, keys, mask, sinks, numbers, out, parts, splits=splits, **how)
+    else:
+        _run(attention_kernel, (programs, splits))(
+            **shared, **live_tiles(numbers, q), BLOCK=shape.block, SPLIT=splits > 1,
+            num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
+    if splits > 1:
+        _merge(programs * tokens * width, splits, shared)
+
+
+def _parts(q: Tensor, rows: int | torch.SymInt, lanes: int) -> tuple[Tensor, Tensor]:
+    """What each split leaves of its rows: the accumulators, and the maxima with denominators."""
+    part, stat = (q.new_empty((rows, n), dtype=torch.float32) for n in (lanes, 2))
+    return part, stat
+
+
+def _merge(rows: int | torch.SymInt, splits: int, shared: dict[str, Any]) -> None:
+    """Joins the splits; a program for each row, or for some where there are thousands."""
+    lanes, most = shared["LANES"], triton.next_power_of_2(splits)
+    step = min(lanes, max(64, 4096 // most))
+    count = common.size_hint(rows)
+    each = 4 if count >= 4096 else 2 if count >= 2048 else 1
+    _run(merge_kernel, (cdiv(rows, each), lanes // step))(
+        **_of(merge_kernel, shared), all_rows=rows, splits=splits, ROWS=each, STEP=step,
+        MOST=most, num_warps=4,
+    )  # fmt: skip
 
 
 def _run(kernel: Any, grid: tuple[Any, ...]) -> Any:

@@ -211,39 +211,40 @@ def attention_kernel(
         tl.store(at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=("length", "blocks", "splits"))
+@triton.jit(do_not_specialize=("length", "blocks", "all_rows", "splits"))
 def merge_kernel(
-    part_ptr, stat_ptr, sink_ptr, out_ptr, length, blocks, splits, sink_sh, o_sb, o_ss, o_sh,
+    part_ptr, stat_ptr, sink_ptr, out_ptr, length, blocks, all_rows, splits, sink_sh, o_sb,
+    o_ss, o_sh,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    LANES: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     NAN_EMPTY: tl.constexpr,
 ):  # fmt: skip
-    """STEP lanes of one row: the splits' accumulators by their maxima, the sink among them."""
+    """ROWS rows × STEP lanes: the splits' accumulators by their maxima, the sink among them."""
     PARTS: tl.constexpr = (HEADS + WIDTH - 1) // WIDTH
-    row = tl.program_id(0)
-    stride = tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pid = row // (TOKENS * WIDTH)
     head = (pid % PARTS) * WIDTH + row % WIDTH
     block = pid // PARTS
     s = (block % blocks) * TOKENS + (row % (TOKENS * WIDTH)) // WIDTH
-    if (head < HEADS) & (s < length):
-        i = tl.arange(0, MOST)
-        at = i * stride + row
-        m = tl.load(stat_ptr + at * 2, mask=i < splits, other=float("-inf"))
-        den = tl.load(stat_ptr + at * 2 + 1, mask=i < splits, other=0.0)
-        d = tl.program_id(1) * STEP + tl.arange(0, STEP)
-        part = tl.load(part_ptr + at[:, None] * LANES + d[None, :], mask=(i < splits)[:, None],
-                       other=0.0)
-        sink = tl.load(sink_ptr + head * sink_sh).to(tl.float32)
-        top = max_nan(tl.max(m, 0), sink)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        decay = tl.exp2((m - base) * LOG2E)
-        total = tl.sum(den * decay, 0) + tl.exp2((sink - base) * LOG2E)
-        if NAN_EMPTY:
-            total = tl.where(tl.max(m, 0) == float("-inf"), float("nan"), total)
-        at = out_ptr + (block // blocks).to(tl.int64) * o_sb + s.to(tl.int64) * o_ss
-        y = (tl.sum(part * decay[:, None], 0) / total).to(out_ptr.dtype.element_ty)
-        tl.store(at + head.to(tl.int64) * o_sh + d, y, mask=d < D)
+    live = (row < all_rows) & (head < HEADS) & (s < length)
+    i = tl.arange(0, MOST)[None, :]
+    there = live[:, None] & (i < splits)
+    at = i * long(all_rows) + row[:, None]
+    m = tl.load(stat_ptr + at * 2, mask=there, other=float("-inf"))
+    den = tl.load(stat_ptr + at * 2 + 1, mask=there, other=0.0)
+    d = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    part = tl.load(part_ptr + (at * LANES)[:, :, None] + d[None, None, :],
+                   mask=there[:, :, None], other=0.0)
+    sink = tl.load(sink_ptr + head * sink_sh, mask=live, other=0.0).to(tl.float32)
+    top = max_nan(tl.max(m, 1), sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2((m - base[:, None]) * LOG2E)
+    total = tl.sum(den * decay, 1) + tl.exp2((sink - base) * LOG2E)
+    if NAN_EMPTY:
+        total = tl.where(tl.max(m, 1) == float("-inf"), float("nan"), total)
+    at = (block // blocks).to(tl.int64) * o_sb + s.to(tl.int64) * o_ss + head.to(tl.int64) * o_sh
+    y = (tl.sum(part * decay[:, :, None], 1) / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=("length", "blocks", "keys", "most", "m_sb", "m_ss"))

@@ -46,7 +46,8 @@ class Keys:
         """As the kernel takes them; q stands for a tensor that is absent."""
         kv, far, index, page = self.kv, self.far, self.index, self.page
         return dict(
-            kv_ptr=_or(kv, q), far_ptr=_or(far, q), index_ptr=_or(index, q), page_ptr=_or(page, q),
+            kv_ptr=some(kv, q), far_ptr=some(far, q), index_ptr=some(index, q),
+            page_ptr=some(page, q),
             near=self.near, far=0 if index is None else index.shape[2],
             rows=0 if far is None else far.shape[1],
             pages=q.shape[0] if far is None or page is None else far.shape[0],
@@ -57,14 +58,15 @@ class Keys:
 
 
 def arguments(
-    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor, *, scale: float,
+    q: Tensor, keys: Keys, mask: Mask | None, sinks: Tensor, out: Tensor | None, *, scale: float,
     rounded: str, wide: bool, nan_empty: bool, tokens: int, width: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What both attention kernels take."""
     m = mask.tensor if mask else None
     return dict(
-        q_ptr=q, sink_ptr=sinks, out_ptr=out, mask_ptr=_or(m, q), **named_strides(q, "q", "bsh"),
-        **keys.arguments(q), **named_strides(out, "o", "bsh"), **named_strides(m, "m", "bst"),
+        q_ptr=q, sink_ptr=sinks, out_ptr=some(out, q), mask_ptr=some(m, q),
+        **named_strides(q, "q", "bsh"), **keys.arguments(q), **named_strides(out, "o", "bsh"),
+        **named_strides(m, "m", "bst"),
         sink_sh=sinks.stride(0), length=q.shape[1], blocks=cdiv(q.shape[1], tokens),
         HEADS=q.shape[2], TOKENS=tokens, WIDTH=width, SCALE=scale,
         MASK=MASKS[mask.kind] if mask else 0,
@@ -76,8 +78,9 @@ def arguments(
 def live_tiles(numbers: tuple[Tensor | None, Tensor | None] | None, q: Tensor) -> dict[str, Any]:
     """The list of live tiles, if there is one, as the kernels take it."""
     tiles, counts = numbers or (None, None)
-    return dict(tiles_ptr=_or(tiles, q), count_ptr=_or(counts, q), LIST=tiles is not None)
+    return dict(tiles_ptr=some(tiles, q), count_ptr=some(counts, q), LIST=tiles is not None)
 
 
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
+def some(t: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer must be one of something."""
     return other if t is None else t

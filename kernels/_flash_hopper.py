@@ -1,4 +1,4 @@
-"""The attention of ``_flash`` for Hopper, in Gluon: 16-bit heads of 512 lanes, keys not split.
+"""The attention of ``_flash`` for Hopper, in Gluon: 16-bit heads of 512 lanes.
 
 Arguments and math are those of ``attention_kernel``. Triton's pipeline waits for a tile of keys
 before it multiplies anything, and 227 KiB do not hold the third tile with which it would not. Here
@@ -30,12 +30,14 @@ from ._flash_producer import (
     D,
     Shared,
     Work,
-    all_tiles,
     barrier,
     near_tiles,
+    piece,
+    pieces,
     place,
     produce,
     rows_of,
+    tiles_of,
 )
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
@@ -130,6 +132,21 @@ def _tile(s, slot, x, inside, last, m, den, acc, math):
 
 
 @gluon.jit
+def _store_split(s, slot, acc, m, den, part, split, work, part_ptr, stat_ptr):
+    """The accumulator in fp32, maximum and denominator: ``merge_kernel`` joins those of all."""
+    barrier()
+    mbarrier.arrive(s.bars.index(EMPTY + slot), count=1)
+    at = (long(split) * work.parts + part) * ROWS
+    _, live = rows_of(part, work, 0, 0, 0, SUMS)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    d = gl.arange(0, D, gl.SliceLayout(0, SUMS))
+    gl.store((part_ptr + at * D) + (row * D)[:, None] + d[None, :], acc, mask=live[:, None])
+    row = gl.arange(0, ROWS, ROW)
+    gl.store(stat_ptr + at * 2 + row * 2, m)
+    gl.store(stat_ptr + at * 2 + row * 2 + 1, den)
+
+
+@gluon.jit
 def _store(s, slot, acc, share, part, work, out_ptr, o_sb, o_ss, o_sh):
     """The output, through the tile of keys that was multiplied last."""
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -147,53 +164,60 @@ def _store(s, slot, acc, share, part, work, out_ptr, o_sb, o_ss, o_sh):
 
 @gluon.jit
 def _consume(
-    s, work, math, mask_ptr, sink_ptr, out_ptr, m_sb, m_ss, m_st, sink_sh, o_sb, o_ss, o_sh
+    s, work, math, mask_ptr, sink_ptr, out_ptr, part_ptr, stat_ptr, m_sb, m_ss, m_st, sink_sh, o_sb,
+    o_ss, o_sh,
 ):  # fmt: skip
     """Eight warps: products, softmax and output, part after part."""
     c = gl.program_id(0) * 0
-    tiles = near_tiles(work.programs - 1 - gl.program_id(0), work)
-    for done in range(gl.program_id(0), work.programs, gl.num_programs(0)):
-        part = work.programs - 1 - done
-        n = all_tiles(tiles, work)
-        tiles = near_tiles(gl.maximum(part - gl.num_programs(0), 0), work)  # of the next part
+    part, _ = piece(gl.program_id(0), work)
+    tiles = near_tiles(part, work)
+    for done in range(gl.program_id(0), pieces(work), gl.num_programs(0)):
+        part, split = piece(done, work)
+        lo, hi = tiles_of(split, tiles, work)
+        after, _ = piece(gl.minimum(done + gl.num_programs(0), pieces(work) - 1), work)
+        tiles = near_tiles(after, work)
         sink_at, live = rows_of(part, work, 0, 0, sink_sh, SCORES)
         sink = gl.load(sink_ptr + sink_at, mask=live, other=0.0).to(gl.float32)
         m = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         den = gl.sum(_halves(gl.zeros([ROWS, KEYS], gl.float32, SCORES)), 2)
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
-        for j in range(n):
+        for j in range(lo, hi):
             slot = c & 1
             mbarrier.wait(s.bars.index(slot), c >> 1 & 1)
             fence_async_shared()
             x, inside = _masked(s, slot, part, work, math.MASK, mask_ptr, m_sb, m_ss, m_st)
-            m, den, acc = _tile(s, slot, x, inside, j == n - 1, m, den, acc, math)
+            m, den, acc = _tile(s, slot, x, inside, j == hi - 1, m, den, acc, math)
             barrier()
-            if j < n - 1:
+            if j < hi - 1:
                 mbarrier.arrive(s.bars.index(EMPTY + slot), count=1)
             c += 1
         s.halves.store(den)
         barrier()
-        share = _share(m, _as(gl.sum(s.halves.load(BOTH), 1), ROW), sink, math.NAN_EMPTY)
-        _store(s, (c - 1) & 1, acc, share, part, work, out_ptr, o_sb, o_ss, o_sh)
+        total = _as(gl.sum(s.halves.load(BOTH), 1), ROW)
+        if work.SPLIT:
+            _store_split(s, (c - 1) & 1, acc, m, total, part, split, work, part_ptr, stat_ptr)
+        else:
+            share = _share(m, total, sink, math.NAN_EMPTY)
+            _store(s, (c - 1) & 1, acc, share, part, work, out_ptr, o_sb, o_ss, o_sh)
 
 
 # Neither a count of tokens or keys nor a stride that follows one may recompile the kernel.
 @gluon.jit(do_not_specialize=(
-    "length", "blocks", "near", "far", "rows", "pages", "most", "programs", "m_sb", "m_ss", "i_sb",
-    "i_ss", "p_sb", "p_ss",
+    "length", "blocks", "near", "far", "rows", "pages", "most", "parts", "splits", "m_sb", "m_ss",
+    "i_sb", "i_ss", "p_sb", "p_ss",
 ))  # fmt: skip
 def hopper_attention_kernel(
-    q_ptr, kv_ptr, far_ptr, index_ptr, page_ptr, mask_ptr, sink_ptr, out_ptr, tiles_ptr, count_ptr,
-    length, blocks, near, far, rows, pages, most, programs,
+    q_ptr, kv_ptr, far_ptr, index_ptr, page_ptr, mask_ptr, sink_ptr, out_ptr, part_ptr, stat_ptr,
+    tiles_ptr, count_ptr, length, blocks, near, far, rows, pages, most, parts, splits,
     q_sb, q_ss, q_sh, kv_sb, kv_ss, kv_st, far_sb, far_st, i_sb, i_ss, i_sk, p_sb, p_ss,
     m_sb, m_ss, m_st, sink_sh, o_sb, o_ss, o_sh,
     HEADS: gl.constexpr, TOKENS: gl.constexpr, WIDTH: gl.constexpr, NEAR: gl.constexpr,
-    FAR: gl.constexpr, PAGED: gl.constexpr, WRAP: gl.constexpr, LIST: gl.constexpr,
-    SCALE: gl.constexpr, FILL: gl.constexpr, MASK: gl.constexpr, P: gl.constexpr, C: gl.constexpr,
-    M: gl.constexpr, WIDE: gl.constexpr, NAN_EMPTY: gl.constexpr,
+    FAR: gl.constexpr, PAGED: gl.constexpr, WRAP: gl.constexpr, SPLIT: gl.constexpr,
+    LIST: gl.constexpr, SCALE: gl.constexpr, FILL: gl.constexpr, MASK: gl.constexpr,
+    P: gl.constexpr, C: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr, NAN_EMPTY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``programs`` parts of the work; REGISTERS: of a thread that loads."""
+    """``parts`` × ``splits`` of the work; REGISTERS: of a thread that loads."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     weights = gl.allocate_shared_memory(dtype, [ROWS, KEYS], TILE)
     s = Shared(
@@ -213,15 +237,16 @@ def hopper_attention_kernel(
     gl.warp_specialize([
         (_consume, (
             s,
-            Work(length, blocks, near, far, programs, count_ptr, HEADS, TOKENS, WIDTH, NEAR, FAR,
-                 LIST, early),
+            Work(length, blocks, near, far, parts, splits, count_ptr, HEADS, TOKENS, WIDTH, NEAR,
+                 FAR, LIST, SPLIT, early),
             Math(SCALE, FILL, MASK, P, C, M, WIDE, NAN_EMPTY),
-            mask_ptr, sink_ptr, out_ptr, m_sb, m_ss, m_st, sink_sh, o_sb, o_ss, o_sh,
+            mask_ptr, sink_ptr, out_ptr, part_ptr, stat_ptr, m_sb, m_ss, m_st, sink_sh, o_sb, o_ss,
+            o_sh,
         )),
         (produce, (
             s,
-            Work(length, blocks, near, far, programs, count_ptr, HEADS, TOKENS, WIDTH, NEAR, FAR,
-                 LIST, early),
+            Work(length, blocks, near, far, parts, splits, count_ptr, HEADS, TOKENS, WIDTH, NEAR,
+                 FAR, LIST, SPLIT, early),
             q_ptr, kv_ptr, far_ptr, index_ptr, page_ptr, mask_ptr, tiles_ptr, rows, pages, most,
             q_sb, q_ss, q_sh, kv_sb, kv_ss, kv_st, far_sb, far_st, i_sb, i_ss, i_sk, p_sb, p_ss,
             m_sb, m_ss, m_st, PAGED, WRAP,

@@ -41,13 +41,15 @@ class Shared(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the programs divide among them: blocks of tokens × parts of the heads."""
+    """What the programs divide among them: blocks of tokens × parts of the heads, ``parts``, each
+    with its keys in ``splits``."""
 
     length: Any
     blocks: Any
     near: Any
     far: Any
-    programs: Any
+    parts: Any
+    splits: Any
     count_ptr: Any
     HEADS: Any
     TOKENS: Any
@@ -55,7 +57,27 @@ class Work(NamedTuple):
     NEAR: Any
     FAR: Any
     LIST: Any
+    SPLIT: Any
     EARLY: Any  # the mask's kind where all rows have the same mask, which is loaded with the keys
+
+
+@gluon.jit
+def pieces(work):
+    """How many parts there are, each split of one counted."""
+    n = work.parts
+    if work.SPLIT:
+        n = n * work.splits
+    return n
+
+
+@gluon.jit
+def piece(done, work):
+    """(part, split) of a turn. Late tokens see most keys: they come first."""
+    part, split = pieces(work) - 1 - done, done * 0
+    if work.SPLIT:
+        split = part // work.parts
+        part = part % work.parts
+    return part, split
 
 
 @gluon.jit
@@ -78,11 +100,16 @@ def near_tiles(part, work):
 
 
 @gluon.jit
-def all_tiles(near, work):
-    """With the far ones; at least one, which may have no key."""
+def tiles_of(split, near, work):
+    """The first tile of a split, and behind its last; at least one, which may have no key."""
+    first, end = near * 0, near
     if work.FAR:
-        near += gl.cdiv(work.far, KEYS)
-    return gl.maximum(near, 1)
+        end += gl.cdiv(work.far, KEYS)
+    if work.SPLIT:
+        each = gl.cdiv(end, work.splits)
+        first = gl.minimum(each * split, end)
+        end = gl.minimum(first + each, end)
+    return first, gl.maximum(end, first + 1)
 
 
 @gluon.jit
@@ -153,10 +180,11 @@ def produce(
     """Four warps: tiles of keys and queries, part after part."""
     c = gl.program_id(0) * 0
     turn = c
-    for done in range(gl.program_id(0), work.programs, gl.num_programs(0)):
-        part = work.programs - 1 - done  # late tokens see most keys: they come first
+    for done in range(gl.program_id(0), pieces(work), gl.num_programs(0)):
+        part, split = piece(done, work)
         block, b, first = place(part, work)
         tiles = near_tiles(part, work)
+        lo, hi = tiles_of(split, tiles, work)
         number_at = tiles_ptr + long(block) * most
         page, limit = b, long(rows)
         if PAGED:
@@ -165,11 +193,11 @@ def produce(
             limit = gl.where((page >= 0) & (page < pages), limit, 0)
         index_at = index_ptr + b * i_sb + first * i_ss
         mask_at = mask_ptr + b * m_sb + first * m_ss
-        number = part * 0
+        number = lo
         if work.LIST:
-            number = gl.load(number_at, mask=tiles > 0, other=0)
-        row, x = _keys(part * 0, number, tiles, work, limit, index_at, i_sk, mask_at, m_st, WRAP)
-        for j in range(all_tiles(tiles, work)):
+            number = gl.load(number_at + lo, mask=lo < tiles, other=0)
+        row, x = _keys(lo, number, tiles, work, limit, index_at, i_sk, mask_at, m_st, WRAP)
+        for j in range(lo, hi):
             slot = c & 1
             number = j + 1
             if work.LIST:  # one tile ahead of the loads that need it
@@ -185,7 +213,7 @@ def produce(
             mine = s.row.index(slot).load(gl.SliceLayout(1, LOADED))
             _copy(s.k.index(slot), at + long(gl.maximum(mine, 0)) * step, mine >= 0)
             async_copy.commit_group()
-            if j == 0:  # part of the first tile, as far as barriers know
+            if j == lo:  # part of the first tile, as far as barriers know
                 mbarrier.wait(s.bars.index(Q_READ), (turn & 1) ^ 1)
                 q_at, live = rows_of(part, work, q_sb, q_ss, q_sh, LOADED)
                 _copy(s.q, q_ptr + q_at, live)

@@ -30,6 +30,11 @@ def plain(x: Any) -> Any:
     return x.a if isinstance(x, Value) else x
 
 
+def typed(x: Any) -> Any:
+    """An integer of nobody's is one of 32 bits."""
+    return np.int32(x) if type(x) is int else plain(x)
+
+
 class Value:
     """A value of a kernel: an array, in whatever layout."""
 
@@ -235,7 +240,8 @@ LANGUAGE = Names(
     arange=lambda start, end, layout: Value(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: Value(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout: Value(np.full(shape, value, dtype)),
-    where=_where, maximum=lambda x, y: Value(np.fmax(plain(x), plain(y))),
+    where=_where, maximum=lambda x, y: Value(np.fmax(typed(x), typed(y))),
+    minimum=lambda x, y: Value(np.fmin(typed(x), typed(y))),
     max=lambda x, axis: Value(np.fmax.reduce(x.a, axis)), exp2=lambda x: Value(np.exp2(x.a)),
     sum=lambda x, axis: Value(x.a.sum(axis)), reshape=lambda x, shape: Value(x.a.reshape(shape)),
     convert_layout=lambda x, layout, assert_trivial: x, allocate_shared_memory=allocate,

@@ -28,12 +28,16 @@ INF, SCALE = math.inf, 512**-0.5
 WHOLE = attention.SHAPES[-1][1]
 
 
+SPLIT = pytest.mark.parametrize("hopper", [1, 3], indirect=True, ids="in {}".format)
+
+
 @pytest.fixture
-def hopper(monkeypatch):
-    """Launches go to the kernel whatever their size, and at least one does."""
-    launched, launch = [], op.launch
+def hopper(monkeypatch, request):
+    """Launches go to the kernel whatever their size, and at least one does; parameter: splits."""
+    launched, launch, takes, splits = [], op.launch, op.takes, getattr(request, "param", 1)
     monkeypatch.setattr(attention, "SHAPES", ((None, WHOLE),))
-    monkeypatch.setattr(attention, "splits_for", lambda programs, tiles: 1)
+    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
+    monkeypatch.setattr(op, "takes", lambda *a: takes(*a[:4], 1, 64))
     monkeypatch.setattr(op, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
     if not GPU:
         emulated = Emulated("_flash_hopper", "hopper_attention_kernel")
@@ -63,6 +67,7 @@ CELLS = [(1, 3, 64, 129, False), (2, 5, 16, 65, False), (1, 2, 96, 1, False),
 
 @KINDS
 @pytest.mark.parametrize("cell", CELLS, ids=str)
+@SPLIT
 @gpu_too
 def test_as_near_to_exact_as_eager(cell, kind):
     b, s, h, t, own = cell
@@ -110,10 +115,19 @@ def test_chosen_keys(near, paged, wrap, kind):
         assert (found[:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("hopper", [2, 7], indirect=True)
+@pytest.mark.parametrize("near", [0, 70])
+@gpu_too
+def test_chosen_keys_in_splits(near):
+    """Also more splits than there are tiles."""
+    test_chosen_keys(near, paged=True, wrap=True, kind="allowed")
+
+
 def _double(t: Tensor | None) -> Tensor | None:
     return t.double() if t is not None and t.is_floating_point() else t
 
 
+@SPLIT
 @gpu_too
 def test_huge_logits_and_rising_maxima():
     """Whether maxima are passed by a little or by much, at each tile."""
@@ -126,6 +140,7 @@ def test_huge_logits_and_rising_maxima():
         assert steps(found, true) <= steps(eager, true) + 1
 
 
+@SPLIT
 @gpu_too
 def test_empty_rows_and_sinks_of_any_size():
     """Nothing seen and a sink: 0. No sink either, or nan_empty: NaN. A huge sink: nearly 0."""
@@ -185,6 +200,7 @@ def test_rows_at_odd_places_are_copied():
 
 
 @pytest.mark.parametrize("kind", ["add", "allowed"])
+@SPLIT
 @gpu_too
 def test_tiles_that_nobody_sees_are_not_read(kind, monkeypatch):
     """A NaN there would show."""
@@ -202,14 +218,17 @@ def test_tiles_that_nobody_sees_are_not_read(kind, monkeypatch):
     assert not found.isnan().any() and (found[:, 3] == 0).all()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
 @gpu_too
-def test_opcheck():
-    q, kv, out = rand(1, 2, 64, 512), rand(1, 1, 70, 512), rand(1, 2, 64, 512)
-    how = dict(wrap=False, mask_kind="add", fill=None, scale=SCALE, rounded="", wide=False,
-               nan_empty=False, tokens=1, width=64)  # fmt: skip
-    arguments = (q, kv, None, None, None, None, rand(64), None, None, out)
-    op.launch(q, attention.Keys(kv), None, arguments[6], None, out, scale=SCALE, rounded="",
-              wide=False, nan_empty=False, tokens=1, width=64)  # fmt: skip
+def test_opcheck(splits):
+    q, kv, out, sinks = rand(1, 2, 64, 512), rand(1, 1, 70, 512), rand(1, 2, 64, 512), rand(64)
+    parts = (rand(128 * splits, 512, dtype=FP32), rand(128 * splits, 2, dtype=FP32))
+    how = dict(scale=SCALE, rounded="", wide=False, nan_empty=False, tokens=1, width=64,
+               splits=splits)  # fmt: skip
+    op.launch(q, attention.Keys(kv), None, sinks, None, out, None if splits == 1 else parts, **how)
+    written = (out, None, None) if splits == 1 else (None, *parts)
+    arguments = (q, kv, None, None, None, None, sinks, None, None, *written)
+    how |= dict(wrap=False, mask_kind="add", fill=None)
     torch.library.opcheck(torch.ops.dsv4fuse.attention_hopper.default, arguments, how)
 
 
@@ -242,6 +261,7 @@ def test_in_a_graph_for_any_token_count(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
+@SPLIT
 def test_compiled_and_replayed():
     """Through Inductor, for any token count, and from a CUDA graph: the bits of eager."""
     def fn(q, kv, index, sinks):
@@ -270,25 +290,25 @@ def test_not_launched_where_launches_are_described(monkeypatch):
     """The tensors may be fake there: their addresses are nobody's."""
     monkeypatch.setattr(op, "kernel", lambda: pytest.fail("launched"))
     q, kv, sinks = rand(1, 3, 64, 512), rand(1, 1, 70, 512), rand(64, dtype=FP32)
-    how = dict(scale=SCALE, rounded="", wide=False, nan_empty=False, tokens=1, width=64)
+    how = dict(scale=SCALE, rounded="", wide=False, nan_empty=False, tokens=1, width=64, splits=1)
     with described() as found:
-        op.launch(q, attention.Keys(kv), None, sinks, None, torch.empty_like(q), **how)
+        op.launch(q, attention.Keys(kv), None, sinks, None, torch.empty_like(q), None, **how)
     assert found == []
 
 
 def test_what_it_takes(monkeypatch):
     q, kv = torch.zeros(1, 3, 64, 512, dtype=BF16), torch.zeros(1, 1, 70, 512, dtype=BF16)
     keys = attention.Keys(kv)
-    assert "capability 9" in op.refusal(q, keys, 64, 64, 1)
+    assert "capability 9" in op.refusal(q, keys, 64, 64, 1, 64)
     monkeypatch.setattr(op, "is_hopper", lambda device: True)
-    assert op.refusal(q, keys, 64, 64, 1) is None and op.takes(q, keys, 64, 64, 1)
-    assert "512 lanes" in op.refusal(q[..., :256], keys, 64, 64, 1)
-    assert "64 rows" in op.refusal(q, keys, 32, 64, 1) and not op.takes(q, keys, 64, 32, 1)
-    assert "split" in op.refusal(q, keys, 64, 64, 3)
+    assert op.refusal(q, keys, 64, 64, 1, 64) is None and op.takes(q, keys, 64, 64, 3, 64)
+    assert "512 lanes" in op.refusal(q[..., :256], keys, 64, 64, 1, 64)
+    assert "64 rows" in op.refusal(q, keys, 32, 64, 1, 32) and not op.takes(q, keys, 64, 32, 1, 64)
+    assert "empty" in op.refusal(q, keys, 64, 64, 3, 16) and op.takes(q, keys, 64, 64, 2, 16)
     odd = torch.zeros(1, 70, 520)[..., :512]
-    assert "32 bytes" in op.refusal(q, attention.Keys(None, odd), 64, 64, 1)
+    assert "32 bytes" in op.refusal(q, attention.Keys(None, odd), 64, 64, 1, 64)
     monkeypatch.setattr(op, "kernel", lambda: None)
-    assert "Gluon" in op.refusal(q, keys, 64, 64, 1)
+    assert "Gluon" in op.refusal(q, keys, 64, 64, 1, 64)
 
 
 def test_compiles_for_an_h200():
@@ -298,7 +318,7 @@ def test_compiles_for_an_h200():
     done = subprocess.run(script, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 4
+    assert len(found) == 5
     for made in found:
         assert made["STACK"] <= 128 and made["shared"] <= 227 << 10
         assert made["products"] in (36, 40) and made["copies"] == 64

@@ -171,17 +171,25 @@ def test_tiles_that_nobody_sees_are_not_read(kind, value, monkeypatch):
 @pytest.mark.parametrize("tiles", [0, 1, 2, 9, 10, 20, 64, 200])
 @pytest.mark.parametrize("programs", [1, 4, 16, 40, 64, 132, 500])
 def test_no_split_is_without_keys(programs, tiles):
-    """As many as the GPU has room for, or fewer of which the longest has no more tiles."""
+    """As many as the GPU has room for and joining is worth; one fewer makes the longest longer."""
     splits = attention.splits_for(programs, tiles)
     room = max(1, min(attention.PROGRAMS // programs, tiles, 64))
     longest = -(-tiles // splits)
-    assert 1 <= splits <= room and longest == -(-tiles // room)
+    assert 1 <= splits <= room
     assert tiles == 0 or (splits - 1) * longest < tiles
+    assert splits == 1 or -(-tiles // (splits - 1)) > longest
+
+
+def test_joining_costs_more_where_there_are_more_sums():
+    """An H200's: 10 tiles of few queries are split as far as they go, those of 64 not at all."""
+    assert [attention.splits_for(n, 10) for n in (1, 4, 8, 64, 128)] == [10, 10, 5, 1, 1]
+    assert attention.splits_for(16, 10) in (4, 5) and attention.splits_for(64, 2) == 1
+    assert attention.splits_for(64, 10, rows=16) == 2
 
 
 @pytest.mark.parametrize("splits", [1, 3, 4])
 def test_split_keys_are_merged(splits, monkeypatch):
-    monkeypatch.setattr(attention, "splits_for", lambda programs, tiles: splits)
+    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
     q, kv, sinks = rand(2, 1, 4, 32), rand(2, 1, 100, 32), rand(4, dtype=FP32)
     bias = torch.where(rand(2, 1, 100) > 0, 0.0, -INF)
     bias[1] = -INF
