@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from dsv4fuse.bench import models
+from dsv4fuse.bench import limits, models
 from dsv4fuse.fusion import registry
 from dsv4fuse.select import CLEAR, SLOWER, measured
 
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
 STEPS = "examples/results/*_flash_*.json"
+LIMITS = "kernels/limits.json"
 VERSIONS = "tests/versions.json"
 GENERATED = "tests/generated.json"
 
@@ -141,6 +142,24 @@ def times_table(root: pathlib.Path) -> str:
     return _table(("fusion", "variant", *(f"{t}" for t in counts)), rows)
 
 
+def limits_table(root: pathlib.Path) -> str:
+    """Of every profiled call of ours the kernel that takes longest, and what limits it."""
+    file, rows = root / LIMITS, []
+    columns = ("µs", "limit", "DRAM %", "L2 %", "L1 %", "tensor %", "waits for")
+    found = [r for r in limits.load(file)[0] if r.model == "flash"] if file.exists() else []
+    for name, fusion in registry().items():
+        place = {variant: i for i, variant in enumerate(fusion.examples)}
+        own = [row for row in found if row.fusion == name and row.variant in place]
+        for row in sorted(own, key=lambda row: (place[row.variant], row.tokens)):
+            cells = limits.cells(row.longest)
+            if len(row.kernels) > 1:
+                cells["µs"] += f" of {sum(kernel.us for kernel in row.kernels):.2f}"
+            of = (f"`{name}`", row.variant, str(row.tokens), f"`{row.longest.name}`")
+            rows.append((*of, *(cells[title] for title in columns)))
+    titles = ("fusion", "variant", "tokens", "longest kernel", *columns)
+    return _table(titles, rows) if rows else "No profile is kept yet."
+
+
 def steps_table(root: pathlib.Path) -> str:
     """Of every step of a whole model that was measured on a GPU: the ways it was run in."""
     titles = ("", "", "ms", "under CUDA graphs", "launches", "compiling, s")
@@ -205,6 +224,7 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
     "fusions": fusions_table,
     "times": times_table,
+    "limits": limits_table,
     "steps": steps_table,
     "ops": ops_table,
     "versions": versions_table,

@@ -35,6 +35,10 @@ Json = Annotated[
 Plot = Annotated[
     str, typer.Option(metavar="FILE.svg", help="Draw time against tokens, or launches and time.")
 ]
+Limits = Annotated[
+    str,
+    typer.Option(metavar="FILE.json", help="Time nothing: Nsight Compute profiles ours, to here."),
+]
 From = Annotated[
     list[str] | None,
     typer.Option("--from", metavar="FILE", help="Measure nothing: show what --json wrote."),
@@ -72,6 +76,7 @@ def bench(
     tokens: Tokens = "",
     json_path: Json = "",
     plot: Plot = "",
+    limits: Limits = "",
     measured: From = None,
     e2e: E2E = False,
     decode: Decode = None,
@@ -94,9 +99,11 @@ def bench(
         others = {"regional": regional, "ways": ways, "options": options}
         if given := [*asked, *(name for name, value in others.items() if value)]:
             fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
-        _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers)
-    elif fusions or tokens:
-        fail("--e2e measures whole models: it takes neither fusions nor --tokens.", 2)
+        if limits and (json_path or plot or measured or not limits.endswith(".json")):
+            fail("--limits takes a FILE.json, and no --json, --plot or --from beside it.", 2)
+        _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers, limits)
+    elif fusions or tokens or limits:
+        fail("--e2e measures whole models: it takes no fusions, --tokens or --limits.", 2)
     else:
         measuring = functools.partial(_measured, asked=asked, regional=regional, ways=ways,
                                       options=options)  # fmt: skip
@@ -105,7 +112,7 @@ def bench(
 
 def _fusions(
     fusions: list[str], models: list[str], tokens: str, json_path: str, plot: str,
-    measured: list[str] | None, workers: int,
+    measured: list[str] | None, workers: int, limits: str,
 ) -> None:  # fmt: skip
     import torch
 
@@ -118,7 +125,16 @@ def _fusions(
         fail(f"The benchmark needs Triton: {error}.", 2)
     counts = token_counts(fusions, models, tokens or "1,64,1024,8192", timing.MODELS)
     wrong: list[str] = []
-    if measured:
+    if limits:
+        from dsv4fuse.bench import ncu
+
+        try:
+            with progress() as advance:
+                file = pathlib.Path(limits)
+                wrong = ncu.run(fusions, models or ["flash"], counts, file, advance, workers)
+        except (ncu.NcuError, OSError, ValueError) as error:
+            fail(f"--limits {limits!r}: {error}", 2)
+    elif measured:
         rows, made_on = _loaded(timing.load, measured)
         rows = [r for r in rows if r.model in (models or [r.model])]
     else:

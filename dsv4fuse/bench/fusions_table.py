@@ -26,7 +26,7 @@ def run(
     of ``processes``: so many compile all rows before the first is timed, a step each.
     """
     console, rows, wrong = table_console(), list[Row](), list[str]()
-    made_on, sites = environment(), list(_sites(names, models, tokens))
+    made_on, sites = environment(), list(every(names, models, tokens))
     steps = len(sites) * (2 if processes > 1 else 1)
     shown = lambda text: progress(text, steps)  # noqa: E731
     if processes > 1:
@@ -62,7 +62,7 @@ def _one_by_one(
             yield site, error
 
 
-def _sites(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:
+def every(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:
     """Each variant of each fusion at each number; a fusion without examples has none."""
     counts = list(tokens)
     for model in models:

@@ -29,12 +29,8 @@ def measure_all(
     sites: Sequence[Site], workers: int, progress: Callable[[str], None]
 ) -> Iterator[tuple[Site, Row | Exception]]:
     """Each site's row, in their order, or what went wrong. ``progress``: twice for each."""
-    context = multiprocessing.get_context("spawn")
-    given = context.Lock(), context.Semaphore(AT_ONCE)
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_prepare, initargs=given
-    ) as pool:
-        _compile_all(pool, sites, progress)
+    with _pool(workers) as pool:
+        _compile_all(pool, _compile, sites, progress)
         running = [pool.submit(_measure, site) for site in sites]
         crowded = []
         for site, job in zip(sites, running, strict=True):
@@ -51,16 +47,29 @@ def measure_all(
             yield site, error
 
 
+def compile_ours(sites: Sequence[Site], workers: int, progress: Callable[[str], None]) -> None:
+    """Compiles ours alone, for a process that runs it later. ``progress``: once for each site."""
+    with _pool(workers) as pool:
+        _compile_all(pool, _compile_ours, sites, progress)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    given = context.Lock(), context.Semaphore(AT_ONCE)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=given)
+
+
 def _said(site: Site) -> str:
     return f"{site[0]} ({site[1]}), {site[3]} tokens"
 
 
 def _compile_all(
-    pool: ProcessPoolExecutor, sites: Sequence[Site], progress: Callable[[str], None]
-) -> None:
-    """Compiles each site, ours and Inductor's, and runs it once. What fails here fails again,
-    with its reason, where it is timed."""
-    running = {pool.submit(_compile, site): site for site in sites}
+    pool: ProcessPoolExecutor, compiling: Callable[[Site], Exception | None],
+    sites: Sequence[Site], progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Compiles each site and runs it once. What fails here fails again, with its reason, where it
+    is timed."""
+    running = {pool.submit(compiling, site): site for site in sites}
     for done in as_completed(running):
         progress(f"compiled: {_said(running[done])}")
         if (error := done.result()) is not None:
@@ -74,13 +83,17 @@ def _prepare(turn: Any, seat: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _compile(site: Site) -> Exception | None:
-    name, variant, model, tokens = site
+def _compile_ours(site: Site) -> Exception | None:
+    return _compile(site, ways=1)
+
+
+def _compile(site: Site, ways: int = 2) -> Exception | None:
+    """The first of ours and Inductor's, or both."""
 
     def run() -> None:
-        made = fusions.example(name, variant, model, tokens)
+        made = fusions.example(*site)
         with torch.no_grad():
-            for fn in fusions.both_ways(name, made):
+            for fn in fusions.both_ways(site[0], made)[:ways]:
                 fn(*made.inputs)
 
     return _tried(run)
