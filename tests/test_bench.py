@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dsv4fuse.__main__ import app
 from dsv4fuse.bench import fusions as bench
 from dsv4fuse.bench import fusions_table, workers
-from dsv4fuse.fusion import Example, Sizes, registry
+from dsv4fuse.fusion import Example, registry
 from dsv4fuse.report import FusionError
 
 MADE_ON = {"gpu": "a GPU", "capability": [9, 0], "torch": "2", "triton": "3", "date": "today"}
@@ -161,57 +161,22 @@ def test_one_fusion_on_a_gpu():
     assert made.agrees and 0 < made.ours < made.eager and made.ours_cold > 0
 
 
-@pytest.mark.parametrize("little", [True, False])
-def test_what_moves_little_is_timed_at_several_places(monkeypatch, little):
-    """On a CPU, the stopwatches replaced: both ways get the same places, all held at once."""
-    made, timed = [], []
+def test_workers_compile_all_before_one_is_timed(machine, monkeypatch, tmp_path):
+    """Here threads; what a worker could not compile is said where it is measured."""
+    done = []
 
-    def example(name, variant, model, tokens):
-        torch.manual_seed(0)
-        made.append(registry()[name].examples[variant](tokens, Sizes(), "cpu"))
-        return made[-1]
-
-    def warm(fn, places):
-        timed.append([inputs[0].data_ptr() if inputs else None for inputs in places])
-        for inputs in places:
-            fn(*inputs)
-        return [2.0, 3.0]
-
-    monkeypatch.setattr(bench, "example", example)
-    monkeypatch.setattr(bench, "_warm", warm)
-    monkeypatch.setattr(bench, "cold", lambda call: 1.0)
-    monkeypatch.setattr(bench, "LITTLE", 1 << 20 if little else 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    row = bench.measure("moe_router", "topk", "flash", 3)
-    assert row.agrees and row.ours == 2.5
-    ours, inductor, eager = timed
-    assert ours == inductor and len(set(ours)) == len(made) == (bench.PLACES if little else 1)
-    assert len(eager) == 1
-
-
-def test_workers_compile_all_before_they_measure(machine, monkeypatch, tmp_path):
-    """Here threads; one site cannot run beside the others, and is measured when they are done."""
-    done, short = [], [(NAMES[0], "quant", "flash", 64)]
-
-    def compiled(site):
+    def compiled(site, ways):
+        assert ways == 2 and not machine
         done.append(site)
-        return RuntimeError("no such thing") if site[3] == 13 else None
-
-    def measured(site):
-        assert len(done) == 6 and not machine
-        if site in short:
-            return torch.OutOfMemoryError("crowded")
-        return RuntimeError("no such thing") if site[3] == 13 else row(*site[:2], site[3])
+        return "no such thing" if site[3] == 13 else None
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
     monkeypatch.setattr(workers, "_compile", compiled)
-    monkeypatch.setattr(workers, "_measure", measured)
     given = (NAMES[0], "--tokens", "1,13,64", "--workers", 3, "--json", tmp_path / "a.json")
     result = run(*given)
-    assert result.exit_code == 1 and result.stderr.count("no such thing.") == 2
-    assert machine == short
-    found = [(r.variant, r.tokens) for r in bench.load(tmp_path / "a.json")[0]]
-    assert found == [("quant", 1), ("plain", 1), ("plain", 64), ("quant", 64)]
+    assert result.exit_code == 1 and result.stderr.count("Expected 1 site.") == 2
+    assert sorted(done) == sorted(machine) and len(done) == 6
+    assert [r.tokens for r in bench.load(tmp_path / "a.json")[0]] == [1, 64, 1, 64]
 
 
 AHEAD = """
@@ -220,9 +185,9 @@ from dsv4fuse.bench import fusions, workers
 
 if __name__ == "__main__":
     site = "moe_router", "topk", "flash", 64
-    ((_, row),) = workers.measure_all([site], 2, lambda text: None)
+    workers.compile_all([site], 2, lambda text: None)
+    row = fusions.measure(*site)
     assert row.agrees and 0 < row.ours < row.eager, row
-    fusions.measure(*site)
     print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 

@@ -7,12 +7,10 @@ The floor is the larger of bytes over the bandwidth of a plain copy and operatio
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -38,10 +36,6 @@ BANDWIDTH = {"NVIDIA H200": 4.26e12}  # bytes/s of a Triton copy of 8 GiB, measu
 PEAK = {"NVIDIA H200": 989e12}  # bf16 operations/s, from the data sheet
 FLUSH = 256 << 20  # bytes, five times the L2 of an H200
 COLD_CALLS, COLD_REPLAYS = 20, 9
-# What moves few bytes waits for them, for how long may hang on where they lie: such a row is timed
-# at several places in memory.
-PLACES, LITTLE = 4, 64 << 20
-ALONE = contextlib.nullcontext()  # no other process times anything
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,8 @@ def both_ways(name: str, made: Example) -> tuple[Callable[..., object], Callable
     return fused, torch.compile(made.fn, dynamic=False)
 
 
-def measure(
-    name: str, variant: str, model: str, tokens: int,
-    turn: AbstractContextManager[object] = ALONE,
-) -> Row:  # fmt: skip
-    """One variant at one number of tokens, timed inside of ``turn``. Raises FusionError if the
-    site is not taken."""
+def measure(name: str, variant: str, model: str, tokens: int) -> Row:
+    """One variant at one number of tokens. Raises FusionError if the site is not taken."""
     made = example(name, variant, model, tokens)
     with torch.no_grad():
         fused, plain = both_ways(name, made)
@@ -112,15 +102,11 @@ def measure(
         (site,) = report.with_status("taken")
         plain(*made.inputs)
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
-        with turn:  # also what is not timed, for it keeps the GPU busy for long
-            wanted = _tensors(eager())
-            agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
-            count = PLACES if made.moved < LITTLE else 1
-            more = [example(name, variant, model, tokens).inputs for _ in range(1, count)]
-            places = [made.inputs, *more]  # all of them held, or one would get another one's memory
-            times = _warm(fused, places)
-            theirs = statistics.median(_warm(plain, places))
-            unfused, colds = _captured(eager), (cold(inductor), cold(ours))
+        wanted = _tensors(eager())
+        agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
+        times = _warm(ours)
+        theirs = statistics.median(_warm(inductor))
+        unfused, colds = _captured(eager), (cold(inductor), cold(ours))
     middle = statistics.median(times)
     return Row(
         name, variant, model, tokens, theirs, middle, floor(made, torch.cuda.get_device_name()),
@@ -136,20 +122,16 @@ def floor(made: Example, gpu: str) -> float | None:
     return 1e6 * max(made.moved / BANDWIDTH[gpu], made.flops / PEAK[gpu])
 
 
-def _warm(fn: Callable[..., object], places: Sequence[tuple[Tensor, ...]]) -> list[float]:
-    """µs of each replay of graphs with many calls, one for the inputs of each place."""
-    times: list[float] = []
-    rep = 20 // len(places)
-    for inputs in places:
-        call = lambda given=inputs: fn(*given)  # noqa: E731
-        times += triton.testing.do_bench_cudagraph(call, rep=rep, return_mode="all")
+def _warm(call: Callable[[], object]) -> list[float]:
+    """µs of a call in each replay of a graph with many of them."""
+    times = triton.testing.do_bench_cudagraph(call, rep=20, return_mode="all")
     return [1e3 * t for t in times]
 
 
 def _captured(call: Callable[[], object]) -> float | None:
     try:
         with compat.capturing():
-            return statistics.median(_warm(call, [()]))
+            return statistics.median(_warm(call))
     except RuntimeError:  # it waits for the host or allocates in a way that no graph holds
         torch.cuda.synchronize()
         return None

@@ -1,10 +1,11 @@
-"""The rows of ``bench``: which are measured, one by one or by several processes, and the table."""
+"""The rows of ``bench``: which are measured, and the table."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from rich.table import Table
 
 from dsv4fuse.bench import fusions, workers
@@ -30,10 +31,8 @@ def run(
     steps = len(sites) * (2 if processes > 1 else 1)
     shown = lambda text: progress(text, steps)  # noqa: E731
     if processes > 1:
-        found = workers.measure_all(sites, processes, shown)
-    else:
-        found = _one_by_one(sites, shown)
-    for (name, variant, model, t), row in found:
+        workers.compile_all(sites, processes, shown)
+    for (name, variant, model, t), row in _one_by_one(sites, shown):
         if isinstance(row, Exception):  # one that cannot run does not hold up the others
             wrong.append(f"{name} ({variant}) of {model} at {t} tokens: {said(row)}.")
             continue
@@ -60,6 +59,7 @@ def _one_by_one(
             yield site, fusions.measure(*site)
         except Exception as error:
             yield site, error
+        torch.cuda.empty_cache()
 
 
 def every(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:

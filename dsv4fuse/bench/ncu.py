@@ -68,7 +68,7 @@ def run(
     groups = [sites[i : i + AT_ONCE] for i in range(0, len(sites), AT_ONCE)]
     steps = len(groups) + (len(sites) if processes > 1 else 0)
     if processes > 1:
-        workers.compile_ours(sites, processes, lambda text: progress(text, steps))
+        workers.compile_all(sites, processes, lambda text: progress(text, steps), ways=1)
     count = torch.cuda.get_device_properties(0).multi_processor_count
     made_on = {**environment(), "multiprocessors": count}
     metrics = list(counters.METRICS)
