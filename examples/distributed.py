@@ -33,11 +33,13 @@ from rich.console import Console  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dsv4fuse import Report  # noqa: E402
+from dsv4fuse.bench.machine import environment  # noqa: E402
 from examples.deepseek_v4 import PRESETS, Transformer, randomize  # noqa: E402
 from examples.measure import backend, parsed, relative_error, show, times  # noqa: E402
 
 Compile = Callable[[Any], Any]
 Calls = dict[str, Callable[[], Tensor]]
+SIZES = ("model", "size", "layers", "experts", "batch", "length", "dtype")
 TIMED_STEPS = 128  # more than the decode steps that are run to time one way
 
 
@@ -239,7 +241,9 @@ def main() -> None:
         header = ("a decode step of", "ms", "ms under CUDA graphs")[: len(rows[0])]
         show(console, f"Medians, {args.batch} sequences, {world} ranks", header, rows)
     if args.json and rank == 0:
-        args.json.write_text(json.dumps(found, indent=1))
+        sizes = {name: getattr(args, name) for name in SIZES} | {"ranks": world}
+        text = json.dumps({**environment(), "sizes": sizes, **found}, indent=1)
+        args.json.write_text(text + "\n")
     dist.destroy_process_group()
 
 

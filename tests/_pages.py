@@ -19,7 +19,7 @@ import venv
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__")  # environments, for one, are large
 
 # Runs the blocks of each page in one namespace; what each printed or raised goes to a file. Their
 # code lies in a .py file at the lines that it has in the page: Dynamo and the report read it there.
