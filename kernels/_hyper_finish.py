@@ -19,8 +19,9 @@ def _halve(x, ROWS: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
 @triton.jit
 def activated(part_ptr, scale_ptr, base_ptr, token, live, tokens, K: tl.constexpr,
               OUT: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
-              EPS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """``mixes · rstd · scale + base`` of ROWS tokens, fp32 ``[ROWS, N]``.
+              EPS: tl.constexpr, ROWS: tl.constexpr, PRE: tl.constexpr):  # fmt: skip
+    """``mixes · rstd · scale + base`` of ROWS tokens, fp32 ``[ROWS, N]``. PRE: of the first four,
+    and nothing else is read but the squares.
 
     Pieces of a group are added in order, the groups in pairs: no order is left to a reduction.
     """
@@ -29,6 +30,8 @@ def activated(part_ptr, scale_ptr, base_ptr, token, live, tokens, K: tl.constexp
     step = long(tokens) * N
     at = group[None, :, None] * step + token.to(tl.int64)[:, None, None] * N + n[None, None, :]
     mask = live[:, None, None]
+    if PRE:
+        mask = mask & ((n < 4) | (n == OUT))[None, None, :]
     total = tl.load(part_ptr + at, mask=mask, other=0.0)
     for c in tl.static_range(1, CHUNKS):
         total += tl.load(part_ptr + at + c * step, mask=mask, other=0.0)
@@ -150,7 +153,7 @@ def _write_collapsed(
     x3 = tl.load(row + 3 * x_sh, mask=inside, other=0.0)
     one = token + tl.arange(0, 1)
     z = activated(part_ptr, scale_ptr, base_ptr, one, one < tokens, tokens, 4 * D, OUT, N,
-                  GROUPS, CHUNKS, NORM_EPS, 1)  # fmt: skip
+                  GROUPS, CHUNKS, NORM_EPS, 1, True)  # fmt: skip
     pre = sigmoid(z) + EPS
     y = column(pre, 0, N) * x0.to(tl.float32)
     y += column(pre, 1, N) * x1.to(tl.float32)
@@ -191,7 +194,7 @@ def finish_kernel(
             tokens_of = pid * ROWS + tl.arange(0, ROWS)
             live = tokens_of < tokens
             z = activated(part_ptr, scale_ptr, base_ptr, tokens_of, live, tokens, 4 * D, OUT, N,
-                          GROUPS, CHUNKS, NORM_EPS, ROWS)  # fmt: skip
+                          GROUPS, CHUNKS, NORM_EPS, ROWS, False)  # fmt: skip
             _write_weights(z, post_ptr, comb_ptr, tokens_of, live, N, EPS, ITERS)
     if place >= 0:
         SPLIT: tl.constexpr = (D + BLOCK - 1) // BLOCK

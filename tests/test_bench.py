@@ -105,8 +105,17 @@ def test_what_goes_wrong_is_said_at_the_end(machine):
     assert len([c for c in machine if c[3] == 17]) == len(registry()[NAMES[0]].examples)
 
 
+def test_one_variant(machine):
+    assert run(f"{NAMES[0]}:quant", "moe_router", "--tokens", "3").exit_code == 0
+    assert [c[:2] for c in machine] == [
+        (NAMES[0], "quant"), *(("moe_router", v) for v in registry()["moe_router"].examples)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("arguments, says", [
-    (["nope"], "There is no 'nope' here, only"), (["--model", "huge"], "There is no 'huge'"),
+    (["nope"], "There is no 'nope' here, only"),
+    (["moe_router:nope"], "There is no 'moe_router:nope'"),
+    (["--model", "huge"], "There is no 'huge'"),
     (["--tokens", "1,x"], "positive numbers"), (["--tokens", "0"], "positive numbers"),
     (["--from", "absent.json"], "absent.json"),
 ])  # fmt: skip

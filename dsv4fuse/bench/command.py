@@ -26,6 +26,10 @@ _MODEL = (
     "--e2e: hf, plain (both if none), or package.module:factory as for explain, which is given "
     "those of --size to --new and device that it has parameters for. May be repeated."
 )
+Fusions = Annotated[
+    list[str] | None,
+    typer.Argument(help="Which fusions, or FUSION:VARIANT for one of its variants; all if none."),
+]
 Models = Annotated[list[str] | None, typer.Option("--model", help=_MODEL)]
 Tokens = Annotated[str, typer.Option(help="Token counts, comma-separated.")]
 Json = Annotated[
@@ -71,7 +75,7 @@ Workers = Annotated[
 
 
 def bench(
-    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    fusions: Fusions = None,
     model: Models = None,
     tokens: Tokens = "",
     json_path: Json = "",
@@ -155,11 +159,13 @@ def token_counts(
     fusions: list[str], models: list[str], tokens: str, known_models: Any
 ) -> list[int]:
     """The token counts; exits with 2 for what there is none of."""
+    from dsv4fuse.bench.fusions import variants
     from dsv4fuse.fusion import registry
 
+    named = {f"{name}:{variant}" for name, variant in variants()}
     for names, known in ((fusions, registry()), (models, known_models)):
         for name in names:
-            if name not in known:
+            if name not in known and name not in named:
                 fail(f"There is no {name!r} here, only {', '.join(known)}.", 2)
     try:
         counts = [int(t) for t in tokens.split(",")]
@@ -171,7 +177,7 @@ def token_counts(
 
 
 def kernels(
-    fusions: Annotated[list[str] | None, typer.Argument(help="Which fusions; all if none.")] = None,
+    fusions: Fusions = None,
     model: Annotated[str, typer.Option(help="flash, pro or pro-tp8.")] = "flash",
     tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
     capability: Annotated[int, typer.Option(help="10 × the GPU's compute capability.")] = 90,

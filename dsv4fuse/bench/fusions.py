@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -74,6 +74,13 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.ours / self.inductor
+
+
+def variants(names: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """(fusion, variant): all of each fusion, or of ``FUSION:VARIANT`` that one; of all if none. A
+    fusion without examples has none."""
+    for name, _, variant in (n.partition(":") for n in names or registry()):
+        yield from ((name, v) for v in ([variant] if variant else registry()[name].examples))
 
 
 def example(name: str, variant: str, model: str, tokens: int) -> Example:

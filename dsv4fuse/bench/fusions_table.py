@@ -11,7 +11,6 @@ from rich.table import Table
 from dsv4fuse.bench import fusions, workers
 from dsv4fuse.bench.fusions import Row, Site
 from dsv4fuse.bench.machine import environment
-from dsv4fuse.fusion import registry
 from dsv4fuse.terminal import table_console
 from dsv4fuse.verify import said
 
@@ -63,11 +62,10 @@ def _one_by_one(
 
 
 def every(names: Sequence[str], models: Iterable[str], tokens: Iterable[int]) -> Iterator[Site]:
-    """Each variant of each fusion at each number; a fusion without examples has none."""
+    """Each chosen variant at each number."""
     counts = list(tokens)
     for model in models:
-        for name in names or registry():
-            yield from ((name, v, model, t) for v in registry()[name].examples for t in counts)
+        yield from ((*named, model, t) for named in fusions.variants(names) for t in counts)
 
 
 TITLES = ("fusion", "variant", "tokens", "eager µs", "Inductor µs", "ours µs", "± %", "ratio",

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from dsv4fuse import compile_workers, ops
 from dsv4fuse.backend import dsv4fuse
+from dsv4fuse.bench.fusions import variants
 from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels._launch import Specialised, described
@@ -149,13 +150,11 @@ def launches(
     names: Sequence[str], sizes: Sizes, tokens: Iterable[int], capability: int = 90,
     progress: Callable[[str, int], None] = lambda text, total: None,
 ) -> list[Launch]:  # fmt: skip
-    """The kernels of each variant of these fusions (all if none), each where it is first met."""
+    """The kernels of these ``variants``, each where it is first met."""
     with_workers = compile_workers.start()
     met: dict[str, tuple[tuple[str, str, int], Specialised]] = {}
-    sites = [
-        (name, v, t) for name in names or registry() for v in registry()[name].examples
-        for t in tokens
-    ]  # fmt: skip
+    counts = list(tokens)
+    sites = [(*named, t) for named in variants(names) for t in counts]
     for site in sites:
         name, variant, t = site
         progress(f"{name} ({variant}), {t} tokens", len(sites))
