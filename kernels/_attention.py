@@ -114,12 +114,12 @@ def _parts(q: Tensor, rows: int | torch.SymInt, lanes: int) -> tuple[Tensor, Ten
 def _merge(rows: int | torch.SymInt, splits: int, shared: dict[str, Any]) -> None:
     """Joins the splits; a program for each row, or for some where there are thousands."""
     lanes, most = shared["LANES"], triton.next_power_of_2(splits)
-    step = min(lanes, max(64, 4096 // most))
+    step = min(lanes, max(128, 4096 // most))
     count = common.size_hint(rows)
     each = 4 if count >= 4096 else 2 if count >= 2048 else 1
     _run(merge_kernel, (cdiv(rows, each), lanes // step))(
         **_of(merge_kernel, shared), all_rows=rows, splits=splits, ROWS=each, STEP=step,
-        MOST=most, num_warps=4,
+        MOST=most, num_warps=4 if step > 256 or most > 32 else 2,  # 64 sums a thread
     )  # fmt: skip
 
 

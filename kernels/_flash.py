@@ -219,7 +219,10 @@ def merge_kernel(
     LANES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     NAN_EMPTY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows × STEP lanes: the splits' accumulators by their maxima, the sink among them."""
+    """ROWS rows × STEP lanes: the splits' accumulators by their maxima, the sink among them.
+
+    Split by split: the order of a reduction would be left to a layout, and hang on the strides.
+    """
     PARTS: tl.constexpr = (HEADS + WIDTH - 1) // WIDTH
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pid = row // (TOKENS * WIDTH)
@@ -227,23 +230,31 @@ def merge_kernel(
     block = pid // PARTS
     s = (block % blocks) * TOKENS + (row % (TOKENS * WIDTH)) // WIDTH
     live = (row < all_rows) & (head < HEADS) & (s < length)
-    i = tl.arange(0, MOST)[None, :]
-    there = live[:, None] & (i < splits)
-    at = i * long(all_rows) + row[:, None]
-    m = tl.load(stat_ptr + at * 2, mask=there, other=float("-inf"))
-    den = tl.load(stat_ptr + at * 2 + 1, mask=there, other=0.0)
-    d = tl.program_id(1) * STEP + tl.arange(0, STEP)
-    part = tl.load(part_ptr + (at * LANES)[:, :, None] + d[None, None, :],
-                   mask=there[:, :, None], other=0.0)
     sink = tl.load(sink_ptr + head * sink_sh, mask=live, other=0.0).to(tl.float32)
-    top = max_nan(tl.max(m, 1), sink)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    for i in tl.static_range(MOST):
+        at = i * long(all_rows) + row
+        there = live & (i < splits)
+        m = tl.maximum(m, tl.load(stat_ptr + at * 2, mask=there, other=float("-inf")))
+    top = max_nan(m, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    decay = tl.exp2((m - base[:, None]) * LOG2E)
-    total = tl.sum(den * decay, 1) + tl.exp2((sink - base) * LOG2E)
+    total = tl.exp2((sink - base) * LOG2E)
+    d = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    y = tl.zeros([ROWS, STEP], tl.float32)
+    for i in tl.static_range(MOST):
+        at = i * long(all_rows) + row
+        there = live & (i < splits)
+        stat = stat_ptr + at * 2
+        decay = tl.load(stat, mask=there, other=float("-inf"))
+        decay = tl.exp2((decay - base) * LOG2E)
+        total = tl.fma(tl.load(stat + 1, mask=there, other=0.0), decay, total)
+        part = tl.load(part_ptr + (at * LANES)[:, None] + d[None, :], mask=there[:, None],
+                       other=0.0)
+        y = tl.fma(part, tl.broadcast_to(decay[:, None], (ROWS, STEP)), y)
     if NAN_EMPTY:
-        total = tl.where(tl.max(m, 1) == float("-inf"), float("nan"), total)
+        total = tl.where(m == float("-inf"), float("nan"), total)
     at = (block // blocks).to(tl.int64) * o_sb + s.to(tl.int64) * o_ss + head.to(tl.int64) * o_sh
-    y = (tl.sum(part * decay[:, :, None], 1) / total[:, None]).to(out_ptr.dtype.element_ty)
+    y = (y / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 
