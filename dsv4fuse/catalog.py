@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dsv4fuse.bench import limits, models
+from dsv4fuse.bench import limits, runs
 from dsv4fuse.fusion import registry
 from dsv4fuse.select import CLEAR, SLOWER, measured
 
@@ -166,7 +166,7 @@ def steps_table(root: pathlib.Path) -> str:
     names = {"eager": "eager", "inductor": "Inductor", "dsv4fuse": "dsv4fuse"}
     rows = []
     for file in sorted(root.glob(STEPS)):
-        for run in models.load(file)[0]:
+        for run in runs.load(file)[0]:
             for p in sorted(run.profiles, key=lambda p: list(names).index(p.name)):
                 times = (f"{x:.2f}" if x else "–" for x in (p.ms, p.graph_ms))
                 cells = (*times, *(f"{x:.0f}" if x else "–" for x in (p.launches, p.compile_s)))

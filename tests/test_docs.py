@@ -14,7 +14,7 @@ import typer
 import dsv4fuse
 from dsv4fuse import catalog
 from dsv4fuse.__main__ import app
-from dsv4fuse.bench import fusions, fusions_plot, models, models_plot
+from dsv4fuse.bench import fusions, fusions_plot, models_plot, runs
 from dsv4fuse.fusion import registry
 
 from ._pages import Block, Sandbox, blocks, pages, plain
@@ -148,8 +148,8 @@ def made_of(path: pathlib.Path) -> str:
         rows, _ = fusions.load(measured)
         return fusions_plot.made_of([r for r in rows if r.model == "flash"])
     (command,) = (c for b in those("sh") for c in b.commands if "--e2e" in c and path.name in c)
-    runs = [r for f in re.findall(r"--from (\S+)", command) for r in models.load(ROOT / f)[0]]
-    return models_plot.made_of(runs)
+    files = re.findall(r"--from (\S+)", command)
+    return models_plot.made_of([run for file in files for run in runs.load(ROOT / file)[0]])
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda p: p.stem)
@@ -181,7 +181,7 @@ def test_picture_is_legible_on_light_and_dark(path):
 
 
 def test_what_inductor_launches_is_not_called_ours():
-    profile = models.Profile("inductor", families={"dsv4fuse": (4, 0.1), "Inductor": (5, 1.0)})
+    profile = runs.Profile("inductor", families={"dsv4fuse": (4, 0.1), "Inductor": (5, 1.0)})
     assert models_plot.parts(profile, 0)["dsv4fuse"] == 0
     assert models_plot.parts(profile, 0)["others"] == 4
 

@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from dsv4fuse.__main__ import app
-from dsv4fuse.bench import launches, machine
+from dsv4fuse.bench import launches, machine, runs
 from dsv4fuse.bench import models as e2e
 from dsv4fuse.bench import models_table as e2e_table
-from dsv4fuse.bench.models import Profile, Run
+from dsv4fuse.bench.runs import Profile, Run
 from dsv4fuse.fusion import registry
 
 FACTORIES = """
@@ -89,9 +89,9 @@ def bench(*arguments):
 def measured(*arguments, file):
     result = bench("--e2e", *arguments, "--json", file)
     assert result.exit_code == 0, result.output
-    runs, made_on = e2e.load(file)
+    found, made_on = runs.load(file)
     assert made_on == machine.environment() | {"date": made_on["date"]}
-    return runs, result.stdout
+    return found, result.stdout
 
 
 def cells(output, row):
@@ -131,9 +131,9 @@ def test_a_tiny_model(model, step, tmp_path):
 @pytest.mark.parametrize("model", ["plain", "hf"])
 def test_prefill_and_decode_of_all_layers(model, tmp_path):
     pytest.importorskip("transformers")
-    runs, _ = measured("--model", model, file=tmp_path / "kept.json")
-    assert [run.step for run in runs] == ["prefill", "decode"]
-    for run in runs:
+    found, _ = measured("--model", model, file=tmp_path / "kept.json")
+    assert [run.step for run in found] == ["prefill", "decode"]
+    for run in found:
         assert {"compress_kv", "indexer_logits"} <= set(run.taken)
         assert {site["status"] for site in run.sites} == {"taken"}
         # A bf16 that turns chooses another expert or entry: see test_models.as_near.
@@ -220,8 +220,8 @@ def test_against_inductor_alone(own, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--e2e", "moe_router"], "neither fusions nor --tokens"),
-    (["--e2e", "--tokens", "1"], "neither fusions nor --tokens"),
+    (["--e2e", "moe_router"], "takes no fusions, --tokens"),
+    (["--e2e", "--tokens", "1"], "takes no fusions, --tokens"),
     (["--layers", "2", "--ways", "eager"], "Only --e2e knows --layers, --ways."),
     (["--regional"], "Only --e2e knows --regional."),
     (["--e2e", "--ways", "eager,fast"], "not fast"),
@@ -347,7 +347,7 @@ def test_committed_runs_are_read(checkout):
     files = sorted((checkout / "examples" / "results").glob("*_flash_*.json"))
     assert len(files) == 2
     for file in files:
-        (run,), made_on = e2e.load(file)
+        (run,), made_on = runs.load(file)
         assert made_on["gpu"] == "NVIDIA H200" and made_on["date"]
         assert [p.name for p in run.profiles] == ["eager", "inductor", "dsv4fuse"]
         assert all(p.ms > p.graph_ms > 0 and p.error < 0.5 for p in run.profiles[1:])
@@ -363,13 +363,13 @@ def test_a_damaged_file(tmp_path):
                  '"profiles": [{"name": "eager", "families": {"f": 1}}]}]}'):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ValueError):
-            e2e.load(file)
+            runs.load(file)
         assert bench("--e2e", "--from", file).exit_code == 2
 
 
 def test_nothing_measured_is_not_written(tmp_path):
     file = tmp_path / "x.json"
-    e2e.save([Run("m", "", {}, {}, (Profile("eager", ms=0.5),))], {"gpu": None}, file)
+    runs.save([Run("m", "", {}, {}, (Profile("eager", ms=0.5),))], {"gpu": None}, file)
     assert json.loads(file.read_text())["runs"][0]["profiles"] == [{"name": "eager", "ms": 0.5}]
 
 
@@ -381,6 +381,6 @@ def test_a_picture_of_what_is_kept(checkout, tmp_path):
         assert result.exit_code == 2 and "dsv4fuse[bench]" in result.stderr
     else:
         assert result.exit_code == 0, result.output
-        (run,), _ = e2e.load(file)
+        (run,), _ = runs.load(file)
         drawn = picture.read_text()
         assert all(str(run.of(way).launches) in drawn for way in ("inductor", "dsv4fuse"))

@@ -229,28 +229,28 @@ def _models(
     names: list[str], measuring: Callable[[list[str]], Iterator[Any]], json_path: str, plot: str,
     measured: list[str] | None,
 ) -> None:  # fmt: skip
-    from dsv4fuse.bench import machine, models, models_plot, models_table
+    from dsv4fuse.bench import machine, models_plot, models_table, runs
 
     made_on: Mapping[str, Any]
     if measured:
-        runs, made_on = _loaded(models.load, measured)
+        found, made_on = _loaded(runs.load, measured)
         for file in measured:
-            models_table.show(*_loaded(models.load, [file]))
+            models_table.show(*_loaded(runs.load, [file]))
     else:
-        runs, made_on = [], machine.environment()
+        found, made_on = [], machine.environment()
         try:
             for run in measuring(names):
-                runs.append(run)
+                found.append(run)
                 if json_path:  # after each: the next one may take the machine down
-                    models.save(runs, made_on, pathlib.Path(json_path))
-            models_table.show(runs, made_on)
+                    runs.save(found, made_on, pathlib.Path(json_path))
+            models_table.show(found, made_on)
         except (FactoryError, OptionError) as error:
             fail(str(error), 2)
         except OSError as error:
             fail(f"--json {json_path!r}: {error.strerror}.", 2)
     if plot:
-        _draw(models_plot.draw, runs, dict(made_on), plot)
-    ours = (profile for run in runs for profile in run.profiles if profile.name == "dsv4fuse")
+        _draw(models_plot.draw, found, dict(made_on), plot)
+    ours = (profile for run in found for profile in run.profiles if profile.name == "dsv4fuse")
     if not measured and any(profile.failed for profile in ours):
         fail("dsv4fuse could not run everything; the table says why.", 1)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsv4fuse import compat
 from dsv4fuse.backend import collecting, dsv4fuse
-from dsv4fuse.bench import registers
+from dsv4fuse.bench import machine, registers
 from dsv4fuse.fusion import Example, Sizes, registry
 from dsv4fuse.options import Options
 from dsv4fuse.report import Report
@@ -209,7 +209,7 @@ def _with_older(
 ) -> list[Row]:
     """The rows and those of the file that they do not replace, by model, variant and tokens."""
     older, before = load(file) if file.exists() else ([], {})
-    if all(before.get(k) == made_on.get(k) for k in ("gpu", "torch", "triton")):
+    if machine.alike(before, made_on):
         new = {row.site for row in rows}
         kept = (replace(r, date=r.date or str(before["date"])) for r in older if r.site not in new)
         rows = [*rows, *kept]

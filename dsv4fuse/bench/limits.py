@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dsv4fuse.bench import machine
+
 Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
 BOUND = 80.0  # percent of a unit's peak
 # In this order: what memory delivers at its peak has passed through the levels in front of it.
@@ -108,7 +110,7 @@ def save(rows: Iterable[Row], path: pathlib.Path, made_on: Mapping[str, object])
     kept = dict[Site, Row]()
     if path.exists():
         older, before = load(path)
-        if all(before.get(k) == made_on.get(k) for k in ("gpu", "torch", "triton")):
+        if machine.alike(before, made_on):
             kept = {row.site: row for row in older}
     kept |= {row.site: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 
 import torch
 
@@ -27,6 +28,11 @@ def described(made_on: dict[str, object]) -> str:
     """The same in one line, for a person."""
     versions = (f"{n} {made_on[n]}" for n in ("torch", "triton", "transformers") if made_on.get(n))
     return ", ".join((str(made_on.get("gpu") or "CPU"), *versions, str(made_on.get("date", "?"))))
+
+
+def alike(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
+    """May what was measured on both stand in one file? Their GPU and its compilers are equal."""
+    return all(one.get(name) == other.get(name) for name in ("gpu", "torch", "triton"))
 
 
 def _version(package: str) -> str | None:

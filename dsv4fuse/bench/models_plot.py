@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4fuse.bench.fusions_plot import AFTER, BEFORE, TEXT, digest, save, styled
 from dsv4fuse.bench.launches import INDUCTOR, MATRIX, OURS
-from dsv4fuse.bench.models import Profile, Run
+from dsv4fuse.bench.runs import Profile, Run
 
 WAYS = {"inductor": "torch.compile", "dsv4fuse": "with dsv4fuse"}
 COLOURS = {MATRIX: "#8f6fd8", OURS: AFTER, INDUCTOR: BEFORE, "others": TEXT}

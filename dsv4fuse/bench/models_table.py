@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4fuse.bench.machine import described
-from dsv4fuse.bench.models import Profile, Run
+from dsv4fuse.bench.runs import Profile, Run
 from dsv4fuse.select import SLOWER
 
 NAMES = {"eager": "eager", "inductor": "Inductor", "dsv4fuse": "dsv4fuse"}
