@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -195,6 +198,30 @@ def test_split_keys_are_merged(splits, monkeypatch):
     bias[1] = -INF
     found = torch.ops.dsv4fuse.sink_attention(q, kv, bias, sinks, scale=0.2)
     assert steps(found, exact(q, kv, bias, sinks, 0.2)) <= 2 and (found[1] == 0).all()
+
+
+JOINED = """
+import tempfile
+import torch
+from dsv4fuse import ops
+from dsv4fuse.bench.kernels import describing
+
+q, kv = (torch.zeros(4, 1, n, 512, dtype=torch.bfloat16) for n in (64, 640))
+with describing() as found:
+    torch.ops.dsv4fuse.sink_attention(q, kv, None, torch.zeros(64), scale=1.0)
+(joining,) = (kernel for kernel in found if kernel.name == "merge_kernel")
+ptx = joining.compiled(tempfile.mkdtemp()).asm["ptx"]
+print(ptx.count("ld.global"), ptx.count("shfl"), ptx.count("bar.sync"))
+"""
+
+
+def test_splits_are_joined_in_their_order():
+    """No sum crosses threads, in an order that would hang on what is known of the strides."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", JOINED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loads, *crossing = map(int, done.stdout.split())
+    assert loads > 0 and crossing == [0, 0]
 
 
 @pytest.mark.parametrize("near", [0, 10])
