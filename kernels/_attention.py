@@ -54,9 +54,7 @@ def tiling(rows: int, heads: int, own_keys: bool) -> tuple[int, int]:
     return (1 if own_keys else rows // width), max(width, 16) if own_keys else width
 
 
-def splits_for(
-    programs: int | torch.SymInt, tiles: int | torch.SymInt, rows: int = 64
-) -> int:
+def splits_for(programs: int | torch.SymInt, tiles: int | torch.SymInt, rows: int = 64) -> int:
     """Into how many parts the keys of one program of so many rows are split to occupy the GPU."""
     count, programs = max(1, common.size_hint(tiles)), max(1, common.size_hint(programs))
     most = max(1, min(PROGRAMS // programs, count, 64))
@@ -84,7 +82,7 @@ def launch(
     splits = splits_for(programs, tiles + cdiv(count, shape.block), live)
     rows = shape.rows if keys.own else tokens * width  # few heads: the others' rows stay empty
     on_hopper = hopper.takes(q, keys, rows, shape.block, splits, live)
-    width = rows // tokens if on_hopper else width
+    width = rows // tokens if on_hopper else width  # wider: as many programs
     how = dict(scale=scale, rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens,
                width=width)  # fmt: skip
     shared = arguments(q, keys, mask, sinks, out, **how) | dict(most=tiles)

@@ -20,13 +20,11 @@ REGISTERS = 88  # of a thread that loads
 
 def takes(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int) -> bool:
     """Is this launch the Hopper kernel's? ``rows`` of a program, of them ``live`` of heads that
-    there are, ``block`` keys of a tile."""
+    there are, ``block`` keys of a tile, a program's keys in so many ``splits``."""
     return refusal(q, keys, rows, block, splits, live) is None
 
 
-def refusal(
-    q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int
-) -> str | None:
+def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int) -> str | None:
     """Why it is not, or None."""
     if not is_hopper(q.device):
         return "It is for GPUs of compute capability 9."

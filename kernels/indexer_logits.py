@@ -184,11 +184,10 @@ def indexer_logits_kernel(
             if HAS_END:
                 end = tl.load(end_ptr + row.to(tl.int64) * end_st, mask=mine, other=0)
                 inside &= key[:, None] < end[None, :]
-            at = out_ptr + (row * row_step)[None, :] + key[:, None]
             if CLEAN and (HAS_START or HAS_END):
                 s = tl.where(inside, s, float("-inf"))
                 inside = live[:, None] & mine[None, :]
-            tl.store(at, s.to(OD), mask=inside)
+            tl.store(out_ptr + (row * row_step)[None, :] + key[:, None], s.to(OD), mask=inside)
 
 
 def _check(

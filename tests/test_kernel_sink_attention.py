@@ -210,7 +210,8 @@ q, kv = (torch.zeros(4, 1, n, 512, dtype=torch.bfloat16) for n in (64, 640))
 with describing() as found:
     torch.ops.dsv4fuse.sink_attention(q, kv, None, torch.zeros(64), scale=1.0)
 (joining,) = (kernel for kernel in found if kernel.name == "merge_kernel")
-ptx = joining.compiled(tempfile.mkdtemp()).asm["ptx"]
+with tempfile.TemporaryDirectory() as folder:
+    ptx = joining.compiled(folder).asm["ptx"]
 print(ptx.count("ld.global"), ptx.count("shfl"), ptx.count("bar.sync"))
 """
 

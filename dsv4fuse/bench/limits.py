@@ -9,11 +9,13 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4fuse.bench import machine
 
-Site = tuple[str, str, str, int]  # fusion, variant, model, tokens
+if TYPE_CHECKING:  # it needs Triton, which a reader of profiles may not have
+    from dsv4fuse.bench.fusions import Site
+
 BOUND = 80.0  # percent of a unit's peak
 # In this order: what memory delivers at its peak has passed through the levels in front of it.
 _WORDS = {"dram": "memory", "l2": "L2", "l1": "L1 and shared memory", "tensor": "tensor cores",
@@ -107,7 +109,7 @@ def cells(kernel: Kernel) -> dict[str, str]:
 def save(rows: Iterable[Row], path: pathlib.Path, made_on: Mapping[str, object]) -> None:
     """Into a file, beside those rows of it that such a GPU with these versions has left there and
     these do not replace."""
-    kept = dict[Site, Row]()
+    kept: dict[Site, Row] = {}
     if path.exists():
         older, before = load(path)
         if machine.alike(before, made_on):

@@ -17,15 +17,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 
 from dsv4fuse.bench import counters, limits
-from dsv4fuse.bench.limits import Row, Site
+from dsv4fuse.bench.limits import Row
 from dsv4fuse.bench.machine import environment
 from dsv4fuse.terminal import table_console
 from dsv4fuse.verify import said
+
+if TYPE_CHECKING:
+    from dsv4fuse.bench.fusions import Site
 
 WARM_UP = 3  # calls
 AT_ONCE = 40  # rows of a child: to start one takes seconds, and what it counted comes at its end
