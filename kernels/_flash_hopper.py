@@ -30,7 +30,6 @@ from ._flash_producer import (
     D,
     Shared,
     Work,
-    barrier,
     near_tiles,
     piece,
     pieces,
@@ -39,6 +38,7 @@ from ._flash_producer import (
     rows_of,
     tiles_of,
 )
+from ._gluon import barrier
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))

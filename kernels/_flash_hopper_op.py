@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.library import custom_op
 from . import _common as common
 from ._common import cdiv
 from ._flash_arguments import Keys, Mask, arguments, live_tiles, some
+from ._hopper import aligned, gluon_kernel, is_hopper, processors
 from ._launch import replaced
 
 REGISTERS = 88  # of a thread that loads
@@ -42,20 +42,8 @@ def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int
     return None
 
 
-def is_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
 def kernel() -> Any:
-    """None where it cannot be imported: Gluon is experimental, may be absent or have changed."""
-    try:
-        from ._flash_hopper import hopper_attention_kernel
-    except Exception:  # whatever a changed interface raises
-        return None
-    return hopper_attention_kernel
+    return gluon_kernel("_flash_hopper", "hopper_attention_kernel")
 
 
 def launch(
@@ -101,15 +89,3 @@ def attention_hopper(
 @attention_hopper.register_fake
 def _(q, *_, **__):
     return None
-
-
-def aligned(t: Tensor) -> Tensor:
-    """Itself where each row is dense and starts at a multiple of 32 bytes, or a copy that is so."""
-    steps = [s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
-    if t.data_ptr() % 32 == 0 and t.stride(-1) == 1 and not any(s % 16 for s in steps):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,10 +10,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ._common import long
-
-# Two names that Triton has changed.
-load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+from ._gluon import barrier, load_async
 
 D = gl.constexpr(512)
 ROWS = gl.constexpr(64)

@@ -22,7 +22,9 @@ from dsv4fuse.kernels import _common as common
 from torch import Tensor
 
 STUCK = 20.0  # seconds after which nobody will come
-STORED = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
+# Types that numpy has not: how memory of theirs is seen.
+STORED = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+          torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn)}  # fmt: skip
 local = threading.local()
 
 
@@ -94,7 +96,8 @@ def pointer(t: Tensor) -> Pointer:
     size = t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()
     flat = torch.as_strided(t, (size,), (1,))
     if t.dtype in STORED:
-        return Pointer(flat.view(torch.int16).numpy().view(STORED[t.dtype]))
+        bits, dtype = STORED[t.dtype]
+        return Pointer(flat.view(bits).numpy().view(dtype))
     return Pointer(flat.numpy())
 
 
@@ -141,16 +144,21 @@ def allocate(dtype: Any, shape: list[int], layout: Any) -> Memory:
 
 
 class Barrier:
-    """An mbarrier of one arrival."""
+    """An mbarrier of ``count`` arrivals."""
 
     failed = threading.Event()
 
     def __init__(self) -> None:
-        self.phase, self.changed = 0, threading.Condition()
+        self.phase, self.count, self.came, self.changed = 0, 1, 0, threading.Condition()
+
+    def init(self, count: int) -> None:
+        self.count = count
 
     def arrive(self) -> None:
         with self.changed:
-            self.phase ^= 1
+            self.came += 1
+            if self.came == self.count:
+                self.phase, self.came = self.phase ^ 1, 0
             self.changed.notify_all()
 
     def wait(self, phase: int) -> None:
@@ -163,13 +171,21 @@ class Barrier:
 
 def load_async(to: Memory, at: Pointer, mask: Any) -> None:
     to.a[...] = np.nan
-    local.copies = [*getattr(local, "copies", []), (to, load(at, mask))]
+    local.asked = [*getattr(local, "asked", []), (to, load(at, mask))]
+
+
+def commit_group() -> None:
+    local.groups = [*getattr(local, "groups", []), local.asked]
+    local.asked = []
 
 
 def wait_group(count: int) -> None:
-    for to, value in getattr(local, "copies", []):
-        to.store(value)
-    local.copies = []
+    """Until no more than so many of the latest groups are on their way."""
+    groups = getattr(local, "groups", [])
+    for group in groups[: len(groups) - count]:
+        for to, value in group:
+            to.store(value)
+    local.groups = groups[len(groups) - count :] if count else []
 
 
 class Products:
@@ -244,20 +260,22 @@ LANGUAGE = Names(
     minimum=lambda x, y: Value(np.fmin(typed(x), typed(y))),
     max=lambda x, axis: Value(np.fmax.reduce(x.a, axis)), exp2=lambda x: Value(np.exp2(x.a)),
     sum=lambda x, axis: Value(x.a.sum(axis)), reshape=lambda x, shape: Value(x.a.reshape(shape)),
-    convert_layout=lambda x, layout, assert_trivial: x, allocate_shared_memory=allocate,
+    min=lambda x, axis: Value(np.fmin.reduce(x.a, axis)),
+    convert_layout=lambda x, layout, **_: x, allocate_shared_memory=allocate,
     inline_asm_elementwise=lambda *_, **__: Value(np.int32(0)), warp_specialize=warp_specialize,
 )  # fmt: skip
 GLUON = Names(
     jit=_jit, language=LANGUAGE, gluon=Names(jit=_jit), fence_async_shared=_nothing,
-    async_copy=Names(async_load=load_async, commit_group=_nothing, wait_group=wait_group),
-    mbarrier=Names(MBarrierLayout=_nothing, init=_nothing, wait=Barrier.wait,
+    async_copy=Names(async_load=load_async, commit_group=commit_group, wait_group=wait_group),
+    mbarrier=Names(MBarrierLayout=_nothing, init=Barrier.init, wait=Barrier.wait,
                    arrive=lambda bar, count: bar.arrive()),
     warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
 )  # fmt: skip
 COMMON = Names(
+    INTERPRET=True,
     long=lambda x: Value(np.asarray(plain(x), dtype=np.int64)), narrow=lambda x, dtype: x.to(dtype),
     round_to=lambda x, dtype: x.to(dtype).to(np.float32),
-    max_nan=lambda x, y: Value(np.maximum(x.a, y.a)),
+    max_nan=lambda x, y: Value(np.maximum(x.a, np.asarray(plain(y), x.dtype))),
 )  # fmt: skip
 MODULES: dict[str, Any] = {"_common": COMMON}
 

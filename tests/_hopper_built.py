@@ -1,21 +1,25 @@
-"""Prints what the Hopper attention kernel is compiled to, for a GPU that need not be here."""
+"""Prints what a Hopper kernel is compiled to, for a GPU that need not be here: "attention" or
+"indexer"."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
 import triton
 from dsv4fuse.kernels import _attention as attention
-from dsv4fuse.kernels import _flash_hopper_op as op
+from dsv4fuse.kernels import _flash_hopper_op, _indexer_hopper_op
+from dsv4fuse.kernels import indexer_logits as indexer
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from dsv4fuse.bench.kernels import usage
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
-         torch.int32: "*i32", torch.bool: "*i1"}  # fmt: skip
+         torch.int32: "*i32", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}  # fmt: skip
+op = {"attention": _flash_hopper_op, "indexer": _indexer_hopper_op}[sys.argv[1]]
 kernel, made = op.kernel(), []
 
 
@@ -45,7 +49,11 @@ class Compiled:
         return compiled
 
 
-def launch(
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def attend(
     keys: Any, mask: Any = None, heads: int = 64, tokens: int = 600, **how: Any
 ) -> None:
     how = {"rounded": "", "wide": False, "nan_empty": False, **how}
@@ -53,22 +61,39 @@ def launch(
     attention.launch(q, keys, mask, sinks, zeros(*q.shape), scale=0.05, **how)
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def attentions() -> None:
+    # The joining kernel is Triton's, and runs nowhere here.
+    attention._run = lambda kernel, grid: lambda **arguments: None
+    attention.SHAPES, attention.LISTED = attention.SHAPES[-1:], (1 << 30, 1)
+    Keys, Mask = attention.Keys, attention.Mask
+    near, far = zeros(1, 1, 600, 512), zeros(3, 90, 512)
+    index, page = zeros(1, 600, 640, dtype=torch.int64), zeros(1, 600, dtype=torch.int32)
+    added = Mask(zeros(1, 600, 600), "add")
+    hidden = Mask(zeros(1, 600, 1240, dtype=torch.bool), "hidden")
+    attend(Keys(None, far[:1], index))
+    attend(Keys(near), added, rounded="psm")
+    attend(Keys(near, far, index, page, True), hidden, wide=True, nan_empty=True)
+    attend(Keys(near), added, heads=16)
+    attend(Keys(None, far[:1], index[:, :16]), tokens=16)  # split
 
 
-# The joining kernel is Triton's, and runs nowhere here.
-attention._run = lambda kernel, grid: lambda **arguments: None
+def scores(dtype: torch.dtype, end: bool = True, **how: Any) -> None:
+    q, k, w = zeros(1, 600, 64, 128), zeros(1, 600, 128), zeros(1, 600, 64)
+    some = zeros(1, 600, dtype=torch.int64)
+    how = dict(scale=0.5, scale_dots=False, rounding="once", precise=False, clean=True) | how
+    scales = zeros(1, 600, dtype=torch.float32) if dtype.itemsize == 1 else None
+    out = indexer.allocate(q, k, how["rounding"])
+    indexer._launch(q.to(dtype), k.to(dtype), w, scales, None if end else some,
+                    some if end else None, out, narrow_sum=False, **how)  # fmt: skip
+
+
+def indexers() -> None:
+    scores(torch.bfloat16)
+    scores(torch.bfloat16, end=False, rounding="every", clean=False)
+    scores(torch.float8_e4m3fn)
+    scores(torch.float8_e4m3fn, rounding="dot", scale_dots=True)
+
+
 op.is_hopper, op.kernel, op.processors = lambda device: True, Compiled, lambda device: 132
-attention.SHAPES, attention.LISTED = attention.SHAPES[-1:], (1 << 30, 1)
-Keys, Mask = attention.Keys, attention.Mask
-near, far = zeros(1, 1, 600, 512), zeros(3, 90, 512)
-index, page = zeros(1, 600, 640, dtype=torch.int64), zeros(1, 600, dtype=torch.int32)
-added = Mask(zeros(1, 600, 600), "add")
-hidden = Mask(zeros(1, 600, 1240, dtype=torch.bool), "hidden")
-launch(Keys(None, far[:1], index))
-launch(Keys(near), added, rounded="psm")
-launch(Keys(near, far, index, page, True), hidden, wide=True, nan_empty=True)
-launch(Keys(near), added, heads=16)
-launch(Keys(None, far[:1], index[:, :16]), tokens=16)  # split
+{"attention": attentions, "indexer": indexers}[sys.argv[1]]()
 print(json.dumps(made))

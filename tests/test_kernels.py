@@ -34,8 +34,8 @@ def test_every_op_is_sampled():
     register_ops()
     names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dsv4fuse::"))
     found = {n.partition("::")[2].partition(".")[0] for n in names}
-    # For a GPU only: torch's own product (test_kernel_properties), Gluon (test_attention_hopper).
-    assert found == {*OPS, "grouped_scaled_mm", "attention_hopper"}
+    # For a GPU only: torch's own product (test_kernel_properties), Gluon (test_*_hopper).
+    assert found == {*OPS, "grouped_scaled_mm", "attention_hopper", "indexer_hopper"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
