@@ -276,6 +276,18 @@ def test_where_compiling_takes_its_time():
     assert all(spent[part] > 0 for part in parts), spent
 
 
+def test_a_process_may_tune_for_itself():
+    """What Inductor writes into its code, and that no choice of a kernel is kept or read then."""
+    from torch._inductor import config
+    from torch._inductor.runtime.autotune_cache import AutotuneCache, inductor_meta_from_config
+
+    with compat.tuned_anew():
+        assert not inductor_meta_from_config()["autotune_local_cache"]
+        cache = AutotuneCache.create(inductor_meta_from_config(), "/tmp/kernel.py", "0")
+        assert cache is None or cache.local_cache is None
+    assert config.autotune_local_cache and inductor_meta_from_config()["autotune_local_cache"]
+
+
 def test_a_break_is_told_with_its_line():
     found = []
 

@@ -15,11 +15,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-import triton
-import triton.testing
 from torch import Tensor
 
-from dsv4fuse import compat
+from dsv4fuse import compat, replay
 from dsv4fuse.backend import collecting, dsv4fuse
 from dsv4fuse.bench import machine, registers
 from dsv4fuse.fusion import Example, Sizes, registry
@@ -35,7 +33,7 @@ MODELS = {
 BANDWIDTH = {"NVIDIA H200": 4.26e12}  # bytes/s of a Triton copy of 8 GiB, measured
 PEAK = {"NVIDIA H200": 989e12}  # bf16 operations/s, from the data sheet
 FLUSH = 256 << 20  # bytes, five times the L2 of an H200
-COLD_CALLS, COLD_REPLAYS = 20, 9
+COLD = 20  # calls, each behind a flush
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def both_ways(name: str, made: Example) -> tuple[Callable[..., object], Callable
 def measure(name: str, variant: str, model: str, tokens: int) -> Row:
     """One variant at one number of tokens. Raises FusionError if the site is not taken."""
     made = example(name, variant, model, tokens)
-    with torch.no_grad():
+    with torch.no_grad(), compat.tuned_anew():
         fused, plain = both_ways(name, made)
         with registers.collected() as kernels, collecting(report := Report()):
             # Cloned: a cache that is returned will be eager's.
@@ -130,15 +128,13 @@ def floor(made: Example, gpu: str) -> float | None:
 
 
 def _warm(call: Callable[[], object]) -> list[float]:
-    """µs of a call in each replay of a graph with many of them."""
-    times = triton.testing.do_bench_cudagraph(call, rep=20, return_mode="all")
-    return [1e3 * t for t in times]
+    return replay.times(call, span=10e3, most=400)
 
 
 def _captured(call: Callable[[], object]) -> float | None:
     try:
         with compat.capturing():
-            return statistics.median(_warm(call))
+            return statistics.median(replay.times(call, span=2e3, most=50))
     except RuntimeError:  # it waits for the host or allocates in a way that no graph holds
         torch.cuda.synchronize()
         return None
@@ -152,27 +148,8 @@ def cold(call: Callable[[], object]) -> float:
         buffer.zero_()
         call()
 
-    with_calls, without = (_replayed(f, COLD_CALLS) for f in (both, buffer.zero_))
+    with_calls, without = (statistics.median(replay.of(f, COLD)) for f in (both, buffer.zero_))
     return max(0.0, with_calls - without)
-
-
-def _replayed(call: Callable[[], object], times: int) -> float:
-    """Median µs of one of ``times`` calls in a graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    found = []
-    for _ in range(COLD_REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(1e3 * start.elapsed_time(end) / times)
-    return statistics.median(found)
 
 
 def _tensors(result: object) -> list[Tensor]:

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
+from dsv4fuse import compat
 from dsv4fuse.bench import fusions
 from dsv4fuse.bench.fusions import Site
 from dsv4fuse.verify import said
@@ -44,7 +45,7 @@ def _compile(site: Site, ways: int) -> str | None:
     """The first of ours and Inductor's, or both; why it did not work."""
     try:
         made = fusions.example(*site)
-        with torch.no_grad():
+        with torch.no_grad(), compat.tuned_anew():
             for fn in fusions.both_ways(site[0], made)[:ways]:
                 fn(*made.inputs)
     except Exception as error:

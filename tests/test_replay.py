@@ -1,0 +1,37 @@
+"""Times under CUDA graphs: as many calls as the GPU asks for."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dsv4fuse import replay
+
+
+@pytest.mark.parametrize("once, count", [(2.0, 100), (40.0, 25), (5000.0, 1)])
+def test_how_many_calls_a_graph_has(monkeypatch, once, count):
+    asked = []
+
+    def of(call, calls):
+        asked.append(calls)
+        return [once + 3.0, once]
+
+    monkeypatch.setattr(replay, "of", of)
+    assert replay.times(lambda: None, span=1000.0, most=100) == [once + 3.0, once]
+    assert asked == [1, count]
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_count():
+    """A call of two copies takes twice as long as one of one, however slowly it is launched."""
+    a, b = (torch.empty(1 << 26, dtype=torch.int8, device="cuda") for _ in range(2))
+
+    def copies(count):
+        time.sleep(0.002)
+        for _ in range(count):
+            b.copy_(a)
+
+    one, two = (min(replay.times(lambda n=n: copies(n), span=2e3, most=50)) for n in (1, 2))
+    assert 10 < one < 200 and 1.6 < two / one < 2.4
