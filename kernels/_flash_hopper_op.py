@@ -15,6 +15,7 @@ from ._flash_arguments import Keys, Mask, arguments, live_tiles, some
 from ._hopper import aligned, gluon_kernel, is_hopper, processors
 from ._launch import replaced
 
+KERNEL = ("_flash_hopper", "hopper_attention_kernel")
 REGISTERS = 88  # of a thread that loads
 
 
@@ -43,7 +44,7 @@ def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int
 
 
 def kernel() -> Any:
-    return gluon_kernel("_flash_hopper", "hopper_attention_kernel")
+    return gluon_kernel(*KERNEL)
 
 
 def launch(

@@ -13,6 +13,7 @@ from ._common import cdiv, named_strides
 from ._hopper import aligned, gluon_kernel, is_hopper, processors
 from ._launch import replaced
 
+KERNEL = ("_indexer_hopper", "hopper_indexer_kernel")
 # With fewer tokens of a batch row a program's rows are empty; with fewer pairs of a query and a key
 # its start takes longer than what it gains.
 FEW, PAIRS = 4, 1 << 18
@@ -41,7 +42,7 @@ def refusal(q: Tensor, k: Tensor, narrow_sum: bool) -> str | None:
 
 
 def kernel() -> Any:
-    return gluon_kernel("_indexer_hopper", "hopper_indexer_kernel")
+    return gluon_kernel(*KERNEL)
 
 
 def launch(*tensors: Tensor | None, **how: Any) -> None:

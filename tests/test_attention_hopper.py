@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,8 +15,8 @@ from dsv4fuse.kernels._launch import described
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from ._gluon import Emulated
-from ._kernels import BF16, DEVICE, FP16, FP32, GPU, MARKS, rand
+from ._hopper import built, gpu_too, launched
+from ._kernels import BF16, DEVICE, FP16, FP32, GPU, rand
 from .test_kernel_sink_attention import KINDS, as_mask, exact, kind_of, logits, steps
 
 INF, SCALE = math.inf, 512**-0.5
@@ -34,28 +29,12 @@ SPLIT = pytest.mark.parametrize("hopper", [1, 3], indirect=True, ids="in {}".for
 @pytest.fixture
 def hopper(monkeypatch, request):
     """Launches go to the kernel whatever their size, and at least one does; parameter: splits."""
-    torch._dynamo.reset()  # a graph of other splits would be run
-    launched, launch, takes, splits = [], op.launch, op.takes, getattr(request, "param", 1)
+    takes, splits = op.takes, getattr(request, "param", 1)
     monkeypatch.setattr(attention, "SHAPES", ((None, WHOLE),))
     monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
     monkeypatch.setattr(op, "takes", lambda *a: takes(*a[:4], 1, 64))
-    monkeypatch.setattr(op, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
-    if not GPU:
-        emulated = Emulated("_flash_hopper", "hopper_attention_kernel")
-        monkeypatch.setattr(op, "is_hopper", lambda device: True)
-        monkeypatch.setattr(op, "kernel", lambda: emulated)
-        monkeypatch.setattr(op, "processors", lambda device: 2)
-    elif not op.is_hopper(torch.device(DEVICE)):
-        pytest.skip("needs a GPU of compute capability 9")
-    yield
-    assert launched
-
-
-def gpu_too(fn):
-    """With the mark of a test that needs a GPU, where kernels are not interpreted."""
-    for mark in (*MARKS, pytest.mark.usefixtures("hopper")):
-        fn = mark(fn)
-    return fn
+    with launched(monkeypatch, op, processors=2):
+        yield
 
 
 # batch, tokens, heads, keys; each query's own keys. Heads that fill no 64 rows, in part or twice.
@@ -314,11 +293,7 @@ def test_what_it_takes(monkeypatch):
 
 def test_compiles_for_an_h200():
     """Two warpgroups' products and 16-byte copies; what does not fit registers is a few bytes."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = [sys.executable, str(pathlib.Path(__file__).parent / "_hopper_built.py"), "attention"]
-    done = subprocess.run(script, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = built("attention")
     assert len(found) == 5
     for made in found:
         assert made["STACK"] <= 128 and made["shared"] <= 227 << 10

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 from dsv4fuse.kernels import _indexer_hopper_op as op
 from dsv4fuse.kernels import indexer_logits as m
 from dsv4fuse.kernels._launch import described
 
-from ._gluon import Emulated
-from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, MARKS, poisoned
+from ._hopper import built, gpu_too, launched
+from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, poisoned
 from .test_kernel_indexer_logits import INF, RANGES, exact, inside, integers, ranges
 from .test_kernel_indexer_logits import made as made_of
 
@@ -29,27 +23,10 @@ SIZES = [(1, 1, 1), (1, 3, 129), (2, 5, 300), (1, 6, 128)] + (
 @pytest.fixture
 def hopper(monkeypatch):
     """Launches go to the kernel whatever their size, and at least one does."""
-    torch._dynamo.reset()  # a graph of the other kernel would be run
-    launched, launch = [], op.launch
     monkeypatch.setattr(op, "PAIRS", 0)
     monkeypatch.setattr(op, "FEW", 1)
-    monkeypatch.setattr(op, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
-    if not GPU:
-        emulated = Emulated("_indexer_hopper", "hopper_indexer_kernel")
-        monkeypatch.setattr(op, "is_hopper", lambda device: True)
-        monkeypatch.setattr(op, "kernel", lambda: emulated)
-        monkeypatch.setattr(op, "processors", lambda device: 3)
-    elif not op.is_hopper(torch.device(DEVICE)):
-        pytest.skip("needs a GPU of compute capability 9")
-    yield
-    assert launched
-
-
-def gpu_too(fn):
-    """With the mark of a test that needs a GPU, where kernels are not interpreted."""
-    for mark in (*MARKS, pytest.mark.usefixtures("hopper")):
-        fn = mark(fn)
-    return fn
+    with launched(monkeypatch, op, processors=3):
+        yield
 
 
 def made(batch, tokens, keys, dtype=BF16, weight=FP32):
@@ -211,11 +188,7 @@ def test_what_it_takes(monkeypatch):
 
 def test_compiles_for_an_h200():
     """Two warpgroups' products, and nothing that does not fit registers."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = [sys.executable, str(pathlib.Path(__file__).parent / "_hopper_built.py"), "indexer"]
-    done = subprocess.run(script, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = built("indexer")
     assert len(found) == 4
     for made in found:
         assert made["STACK"] == 0 and made["shared"] <= 227 << 10

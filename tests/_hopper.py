@@ -1,0 +1,52 @@
+"""Ops of Gluon kernels: launched on a GPU as they are, elsewhere run as Python (``_gluon``)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ._gluon import Emulated
+from ._kernels import DEVICE, GPU, MARKS
+
+
+@contextlib.contextmanager
+def launched(monkeypatch: pytest.MonkeyPatch, op: ModuleType, processors: int) -> Iterator[None]:
+    """Inside, at least one launch of an op's kernel; on its emulation if there is no GPU."""
+    torch._dynamo.reset()  # a graph that was compiled for another launch would be run
+    calls, launch = [], op.launch
+    monkeypatch.setattr(op, "launch", lambda *a, **k: calls.append(1) or launch(*a, **k))
+    if not GPU:
+        emulated = Emulated(*op.KERNEL)
+        monkeypatch.setattr(op, "is_hopper", lambda device: True)
+        monkeypatch.setattr(op, "kernel", lambda: emulated)
+        monkeypatch.setattr(op, "processors", lambda device: processors)
+    elif not op.is_hopper(torch.device(DEVICE)):
+        pytest.skip("needs a GPU of compute capability 9")
+    yield
+    assert calls
+
+
+def gpu_too(fn: Callable[..., None]) -> Callable[..., None]:
+    """With the mark of a test that needs a GPU, where kernels are not interpreted."""
+    for mark in (*MARKS, pytest.mark.usefixtures("hopper")):
+        fn = mark(fn)
+    return fn
+
+
+def built(name: str) -> list[dict[str, Any]]:
+    """What an op's kernels are compiled to for an H200, by ``_hopper_built``."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = [sys.executable, str(pathlib.Path(__file__).parent / "_hopper_built.py"), name]
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
