@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4fuse import compat, replay
+from dsv4fuse import compat, garbage, replay
 from dsv4fuse.backend import collecting, dsv4fuse
 from dsv4fuse.bench import machine, registers
 from dsv4fuse.fusion import Example, Sizes, registry
@@ -109,9 +109,10 @@ def measure(name: str, variant: str, model: str, tokens: int) -> Row:
         eager, inductor, ours = ((lambda f=f: f(*made.inputs)) for f in (made.fn, plain, fused))
         wanted = _tensors(eager())
         agrees = all(_close(a, b, made.slack) for a, b in zip(wanted, found, strict=True))
-        times = _warm(ours)
-        theirs = statistics.median(_warm(inductor))
-        unfused, colds = _captured(eager), (cold(inductor), cold(ours))
+        with garbage.passed_by():  # torch collects before each capture
+            times = _warm(ours)
+            theirs = statistics.median(_warm(inductor))
+            unfused, colds = _captured(eager), (cold(inductor), cold(ours))
     middle = statistics.median(times)
     return Row(
         name, variant, model, tokens, theirs, middle, floor(made, torch.cuda.get_device_name()),
