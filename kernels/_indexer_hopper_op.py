@@ -59,7 +59,7 @@ def indexer_hopper(
     """``launch``; opaque, for a graph of torch takes launches of Triton kernels only."""
     if replaced():  # by their descriptions, and the tensors may be fake
         return
-    (batch, tokens), keys, k = q.shape[:2], k.shape[1], aligned(k)
+    (batch, tokens), keys, k = q.shape[:2], k.shape[1], near(k)
     blocks, tiles, most = cdiv(tokens, TOKENS), cdiv(keys, KEYS), processors(q.device)
     span = cdiv(tiles, max(1, min(tiles, most // (batch * blocks))))
     spans = cdiv(tiles, span)
@@ -76,6 +76,11 @@ def indexer_hopper(
         ROUNDING=rounding, PRECISE=precise, WIDEN=q.dtype == common.FP8, MULTIPLY=MULTIPLY,
         LOAD=LOAD, num_warps=4,
     )  # fmt: skip
+
+
+def near(k: Tensor) -> Tensor:
+    """Keys in rows that start at multiples of 32 bytes, a tile's within 2^31 elements."""
+    return aligned(k if k.stride(1) * KEYS < 1 << 31 else k.contiguous())
 
 
 @indexer_hopper.register_fake

@@ -117,6 +117,13 @@ def test_strides_and_rows_at_odd_places():
         assert torch.equal(m.indexer_logits(q, k, w).double(), exact(q, k, w))
 
 
+def test_rows_that_are_far_apart():
+    """The kernel reckons within a tile in 32 bits: farther rows are copied, as odd places are."""
+    far, close = (torch.empty_strided((1, 200, D), (0, step, 1), dtype=BF16, device="meta")
+                  for step in (1 << 24, (1 << 24) - 16))  # fmt: skip
+    assert op.near(far).stride(1) == D and op.near(close) is close
+
+
 @gpu_too
 def test_nan_and_infinity_as_in_eager():
     q, k, w = made(1, 6, 140)
