@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import _common as common
+from . import _hopper as hopper
 from ._common import cdiv
 from ._flash_arguments import Keys, Mask, arguments, live_tiles, some
-from ._hopper import aligned, gluon_kernel, is_hopper, processors
 from ._launch import replaced
 
 KERNEL = ("_flash_hopper", "hopper_attention_kernel")
@@ -27,10 +27,8 @@ def takes(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int) 
 
 def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int) -> str | None:
     """Why it is not, or None."""
-    if not is_hopper(q.device):
-        return "It is for GPUs of compute capability 9."
-    if kernel() is None:
-        return "This Triton has no Gluon, or not the one that the kernel was written in."
+    if (why := hopper.refusal(q.device, kernel())) is not None:
+        return why
     if q.shape[3] != 512:
         return "It is for heads of 512 lanes."
     if rows != 64 or block != 64:
@@ -44,7 +42,7 @@ def refusal(q: Tensor, keys: Keys, rows: int, block: int, splits: int, live: int
 
 
 def kernel() -> Any:
-    return gluon_kernel(*KERNEL)
+    return hopper.gluon_kernel(*KERNEL)
 
 
 def launch(
@@ -72,15 +70,15 @@ def attention_hopper(
     """``launch``; opaque, for a graph of torch takes launches of Triton kernels only."""
     if replaced():  # by their descriptions, and the tensors may be fake
         return
-    q = aligned(q)
-    keys = Keys(*(None if t is None else aligned(t) for t in (kv, far)), index, page, wrap)
+    q = hopper.aligned(q)
+    keys = Keys(*(None if t is None else hopper.aligned(t) for t in (kv, far)), index, page, wrap)
     hidden = -math.inf if fill is None else fill
     shared = arguments(
         q, keys, None if mask is None else Mask(mask, mask_kind, hidden), sinks, out, scale=scale,
         rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens, width=width,
     )  # fmt: skip
     count = q.shape[0] * shared["blocks"] * cdiv(q.shape[2], width)
-    kernel()[(min(count * splits, processors(q.device)),)](
+    kernel()[(min(count * splits, hopper.processors(q.device)),)](
         **shared, **live_tiles((tiles, counts), q), most=cdiv(keys.near, 64), parts=count,
         splits=splits, part_ptr=some(part, q), stat_ptr=some(stat, q), SPLIT=splits > 1,
         REGISTERS=REGISTERS, num_warps=8,

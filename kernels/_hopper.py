@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4fuse import compat
+
 
 def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
@@ -23,6 +25,17 @@ def gluon_kernel(module: str, name: str) -> Any:
         return getattr(importlib.import_module(f".{module}", __package__), name)
     except Exception:  # whatever a changed interface raises
         return None
+
+
+def refusal(device: torch.device, kernel: Any) -> str | None:
+    """Why no launch on this device is that of a Gluon kernel, or None."""
+    if not is_hopper(device):
+        return "It is for GPUs of compute capability 9."
+    if kernel is None:
+        return "This Triton has no Gluon, or not the one that the kernel was written in."
+    if compat.packaging():
+        return "A package holds launches of Triton's kernels only."
+    return None
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import _common as common
+from . import _hopper as hopper
 from ._common import cdiv, named_strides
-from ._hopper import aligned, gluon_kernel, is_hopper, processors
 from ._launch import replaced
 
 KERNEL = ("_indexer_hopper", "hopper_indexer_kernel")
@@ -23,10 +23,8 @@ TOKENS, KEYS = 4, 128  # of a program, of a tile
 
 def refusal(q: Tensor, k: Tensor, narrow_sum: bool) -> str | None:
     """Why the launch is not the Hopper kernel's, or None."""
-    if not is_hopper(q.device):
-        return "It is for GPUs of compute capability 9."
-    if kernel() is None:
-        return "This Triton has no Gluon, or not the one that the kernel was written in."
+    if (why := hopper.refusal(q.device, kernel())) is not None:
+        return why
     if q.shape[2] != 64 or q.shape[3] != 128:
         return "It is for 64 heads of 128 lanes."
     if q.dtype == torch.float32 or narrow_sum:
@@ -42,7 +40,7 @@ def refusal(q: Tensor, k: Tensor, narrow_sum: bool) -> str | None:
 
 
 def kernel() -> Any:
-    return gluon_kernel(*KERNEL)
+    return hopper.gluon_kernel(*KERNEL)
 
 
 def launch(*tensors: Tensor | None, **how: Any) -> None:
@@ -60,7 +58,7 @@ def indexer_hopper(
     if replaced():  # by their descriptions, and the tensors may be fake
         return
     (batch, tokens), keys, k = q.shape[:2], k.shape[1], near(k)
-    blocks, tiles, most = cdiv(tokens, TOKENS), cdiv(keys, KEYS), processors(q.device)
+    blocks, tiles, most = cdiv(tokens, TOKENS), cdiv(keys, KEYS), hopper.processors(q.device)
     span = cdiv(tiles, max(1, min(tiles, most // (batch * blocks))))
     spans = cdiv(tiles, span)
     optional = dict(ks_ptr=k_scale, start_ptr=start, end_ptr=end)
@@ -80,7 +78,7 @@ def indexer_hopper(
 
 def near(k: Tensor) -> Tensor:
     """Keys in rows that start at multiples of 32 bytes, a tile's within 2^31 elements."""
-    return aligned(k if k.stride(1) * KEYS < 1 << 31 else k.contiguous())
+    return hopper.aligned(k if k.stride(1) * KEYS < 1 << 31 else k.contiguous())
 
 
 @indexer_hopper.register_fake

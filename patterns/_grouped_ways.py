@@ -11,7 +11,7 @@ from dsv4fuse.patterns._grouped import Rows, Weight
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dsv4fuse import maps
+from dsv4fuse import compat, maps
 from dsv4fuse.chains import Quantised
 from dsv4fuse.layout import Order, token_count
 from dsv4fuse.scene import Hit
@@ -73,7 +73,8 @@ def _by_groups(site: Site) -> bool:
     val = site.output.meta["val"]
     square = blocks and math.prod(blocks) * 128 * 128 == rows.groups * rows.columns * rows.size
     fits = square and rows.size % LANES == 0 and site.quant.arguments["group"] == 128  # type: ignore
-    return bool(known and val.dtype == torch.bfloat16 and fits and _hopper(val.device))
+    usable = not compat.packaging() and _hopper(val.device)  # no op of ours goes into a package
+    return bool(known and val.dtype == torch.bfloat16 and fits and usable)
 
 
 def _hopper(device: torch.device) -> bool:

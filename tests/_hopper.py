@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4fuse.kernels import _hopper as hopper
 
 from ._gluon import Emulated
 from ._kernels import DEVICE, GPU, MARKS
@@ -27,10 +28,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, op: ModuleType, processors: int) -
     monkeypatch.setattr(op, "launch", lambda *a, **k: calls.append(1) or launch(*a, **k))
     if not GPU:
         emulated = Emulated(*op.KERNEL)
-        monkeypatch.setattr(op, "is_hopper", lambda device: True)
+        monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
         monkeypatch.setattr(op, "kernel", lambda: emulated)
-        monkeypatch.setattr(op, "processors", lambda device: processors)
-    elif not op.is_hopper(torch.device(DEVICE)):
+        monkeypatch.setattr(hopper, "processors", lambda device: processors)
+    elif not hopper.is_hopper(torch.device(DEVICE)):
         pytest.skip("needs a GPU of compute capability 9")
     yield
     assert calls

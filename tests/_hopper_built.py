@@ -11,6 +11,7 @@ import torch
 import triton
 from dsv4fuse.kernels import _attention as attention
 from dsv4fuse.kernels import _flash_hopper_op, _indexer_hopper_op
+from dsv4fuse.kernels import _hopper as hopper
 from dsv4fuse.kernels import indexer_logits as indexer
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -94,6 +95,6 @@ def indexers() -> None:
     scores(torch.float8_e4m3fn, rounding="dot", scale_dots=True)
 
 
-op.is_hopper, op.kernel, op.processors = lambda device: True, Compiled, lambda device: 132
+hopper.is_hopper, op.kernel, hopper.processors = lambda device: True, Compiled, lambda device: 132
 {"attention": attentions, "indexer": indexers}[sys.argv[1]]()
 print(json.dumps(made))

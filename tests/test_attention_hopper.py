@@ -14,6 +14,7 @@ from dsv4fuse.kernels import sparse_sink_attention as sparse
 from dsv4fuse.kernels._launch import described
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.virtualized import V
 
 from ._hopper import built, gpu_too, launched
 from ._kernels import BF16, DEVICE, FP16, FP32, GPU, rand
@@ -174,9 +175,9 @@ def test_layouts_and_dtypes(dtype, heads_first):
 
 def test_rows_at_odd_places_are_copied():
     even, odd = torch.zeros(3, 512), torch.zeros(3, 520)[:, :512]
-    assert op.aligned(even) is even and op.aligned(odd).stride() == (512, 1)
-    assert op.aligned(torch.zeros(1, 520)[:, :512]).stride() == (520, 1)
-    assert op.aligned(torch.zeros(1028)[4:].view(2, 512)).storage_offset() == 0
+    assert op.hopper.aligned(even) is even and op.hopper.aligned(odd).stride() == (512, 1)
+    assert op.hopper.aligned(torch.zeros(1, 520)[:, :512]).stride() == (520, 1)
+    assert op.hopper.aligned(torch.zeros(1028)[4:].view(2, 512)).storage_offset() == 0
 
 
 @pytest.mark.parametrize("kind", ["add", "allowed"])
@@ -280,13 +281,15 @@ def test_what_it_takes(monkeypatch):
     q, kv = torch.zeros(1, 3, 64, 512, dtype=BF16), torch.zeros(1, 1, 70, 512, dtype=BF16)
     keys = attention.Keys(kv)
     assert "capability 9" in op.refusal(q, keys, 64, 64, 1, 64)
-    monkeypatch.setattr(op, "is_hopper", lambda device: True)
+    monkeypatch.setattr(op.hopper, "is_hopper", lambda device: True)
     assert op.refusal(q, keys, 64, 64, 1, 64) is None and op.takes(q, keys, 64, 64, 3, 64)
     assert "512 lanes" in op.refusal(q[..., :256], keys, 64, 64, 1, 64)
     assert "64 rows" in op.refusal(q, keys, 32, 64, 1, 32) and not op.takes(q, keys, 64, 32, 1, 64)
     assert "empty" in op.refusal(q, keys, 64, 64, 3, 16) and op.takes(q, keys, 64, 64, 2, 16)
     odd = torch.zeros(1, 70, 520)[..., :512]
     assert "32 bytes" in op.refusal(q, attention.Keys(None, odd), 64, 64, 1, 64)
+    with V.set_aot_compilation(True):
+        assert "package" in op.refusal(q, keys, 64, 64, 1, 64)
     monkeypatch.setattr(op, "kernel", lambda: None)
     assert "Gluon" in op.refusal(q, keys, 64, 64, 1, 64)
 

@@ -8,7 +8,7 @@ from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import _strategies as strategies
 from torch import Tensor
 
-from dsv4fuse import Report, explain
+from dsv4fuse import Report, compat, explain
 from dsv4fuse.backend import dsv4fuse as backend
 from dsv4fuse.fusion import Sizes, registry
 
@@ -69,16 +69,22 @@ def test_e4m3_weights_are_left_to_the_graph_where_that_is_faster():
     assert _site(fn, cases.usual(e4m3=True)()) == "copy"
 
 
-@pytest.mark.parametrize("heads, tokens, chosen", [(4, 4, "groups"), (6, 4, "batched"),
-                                                   (4, 6, "batched")])  # fmt: skip
-def test_torchs_own_product_where_cublas_takes_the_scales(heads, tokens, chosen, monkeypatch):
-    """Four blocks of lanes at once, and four tokens; a group has the lanes of half the heads."""
+@pytest.mark.parametrize("heads, tokens, packaging, chosen", [
+    (4, 4, False, "groups"), (6, 4, False, "batched"), (4, 6, False, "batched"),
+    (4, 4, True, "batched"),
+])  # fmt: skip
+def test_torchs_own_product_where_cublas_takes_the_scales(
+    heads, tokens, packaging, chosen, monkeypatch
+):
+    """Four blocks of lanes at once, and four tokens; a group has the lanes of half the heads. Its
+    op is not in a package."""
     us = {"groups": 1.0, "batched": 2.0}
     rows = [{"kind": "fp8", "groups": 2, "tokens": 4, "us": us}]
     monkeypatch.setattr(strategies, "measured", lambda _: {"rows": rows})
     monkeypatch.setattr(common, "INTERPRETED", False)  # a CPU has no such product
     sizes = Sizes(heads=heads, groups=2, head_dim=256)
     made = registry()["inv_rope_grouped_bmm"].examples["fp8"](tokens, sizes, "cpu")
+    monkeypatch.setattr(compat, "packaging", lambda: packaging)
     report = explain(made.fn, *made.inputs, options={"select": "always"})
     (site,) = report.with_status("taken")
     assert site.detail["strategy"] == chosen

@@ -7,6 +7,7 @@ import torch
 from dsv4fuse.kernels import _indexer_hopper_op as op
 from dsv4fuse.kernels import indexer_logits as m
 from dsv4fuse.kernels._launch import described
+from torch._inductor.virtualized import V
 
 from ._hopper import built, gpu_too, launched
 from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, poisoned
@@ -178,7 +179,7 @@ def test_not_launched_where_launches_are_described(monkeypatch):
 def test_what_it_takes(monkeypatch):
     q, k = torch.zeros(1, 512, 64, 128, dtype=BF16), torch.zeros(1, 512, 128, dtype=BF16)
     assert "capability 9" in op.refusal(q, k, False)
-    monkeypatch.setattr(op, "is_hopper", lambda device: True)
+    monkeypatch.setattr(op.hopper, "is_hopper", lambda device: True)
     assert op.refusal(q, k, False) is None
     assert op.refusal(q.to(FP8), k.to(FP8), False) is None
     assert "16 bits" in op.refusal(q.to(FP8), k.to(FP8), True)
@@ -189,6 +190,8 @@ def test_what_it_takes(monkeypatch):
     assert "four tokens" in op.refusal(q.view(256, 2, 64, 128), k, False)
     odd = torch.zeros(1, 512, 136, dtype=BF16)[..., :128]
     assert "16 elements" in op.refusal(q, odd, False)
+    with V.set_aot_compilation(True):
+        assert "package" in op.refusal(q, k, False)
     monkeypatch.setattr(op, "kernel", lambda: None)
     assert "Gluon" in op.refusal(q, k, False)
 
