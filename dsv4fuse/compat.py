@@ -291,13 +291,10 @@ def without_caches() -> Iterator[None]:
 
 
 def tuned_anew() -> contextlib.AbstractContextManager[None]:
-    """Inside, each process tunes Inductor's kernels itself and keeps on disk what it compiled, not
-    what it chose: a choice that was timed beside other processes is anybody's."""
+    """Inside, each process tunes Inductor's kernels itself: a choice on disk is anybody's."""
     return torch._inductor.config.patch(autotune_local_cache=False)
 
 
 def fresh_caches() -> contextlib.AbstractContextManager[None]:
     """Empty caches on disk, Triton's too, that go again: the times of a first compilation."""
-    from torch._inductor.utils import fresh_cache
-
-    return fresh_cache()
+    return torch._inductor.utils.fresh_cache()

@@ -59,6 +59,7 @@ def indexer_hopper(
         return
     (batch, tokens), keys, k = q.shape[:2], k.shape[1], near(k)
     blocks, tiles, most = cdiv(tokens, TOKENS), cdiv(keys, KEYS), hopper.processors(q.device)
+    # Where four tokens each leave multiprocessors idle, their keys are shared among programs.
     span = cdiv(tiles, max(1, min(tiles, most // (batch * blocks))))
     spans = cdiv(tiles, span)
     optional = dict(ks_ptr=k_scale, start_ptr=start, end_ptr=end)

@@ -8,13 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from dsv4fuse.kernels import _hopper as hopper
+from torch import Tensor
 
 from ._gluon import Emulated
 from ._kernels import DEVICE, GPU, MARKS
@@ -42,6 +43,26 @@ def gpu_too(fn: Callable[..., None]) -> Callable[..., None]:
     for mark in (*MARKS, pytest.mark.usefixtures("hopper")):
         fn = mark(fn)
     return fn
+
+
+def check_compiled_and_replayed(
+    fn: Callable[..., Tensor], given: Callable[[int], tuple[Tensor, ...]], by_tokens: Sequence[int]
+) -> None:
+    """``given`` so many tokens, along axis 1 of the inputs ``by_tokens``."""
+    compiled = torch.compile(fn, fullgraph=True)
+    for tokens in (200, 300, 301):
+        inputs = given(tokens)
+        for i in by_tokens:
+            torch._dynamo.mark_dynamic(inputs[i], 1)
+        wanted = fn(*inputs)
+        assert torch.equal(compiled(*inputs), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fn(*inputs)
+    for _ in range(2):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, wanted)
 
 
 def built(name: str) -> list[dict[str, Any]]:

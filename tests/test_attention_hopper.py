@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.virtualized import V
 
-from ._hopper import built, gpu_too, launched
+from ._hopper import built, check_compiled_and_replayed, gpu_too, launched
 from ._kernels import BF16, DEVICE, FP16, FP32, GPU, rand
 from .test_kernel_sink_attention import KINDS, as_mask, exact, kind_of, logits, steps
 
@@ -250,21 +250,11 @@ def test_compiled_and_replayed():
                                                        scale=SCALE)  # fmt: skip
         return out * 2
 
-    compiled = torch.compile(fn, fullgraph=True)
-    for s in (200, 300, 301):
+    def given(s):
         index = torch.randint(-1, 500, (1, s, 128), device="cuda")
-        given = rand(1, s, 64, 512), rand(1, 500, 512), index, rand(64, dtype=FP32)
-        for t in (given[0], index):
-            torch._dynamo.mark_dynamic(t, 1)
-        wanted = fn(*given)
-        assert torch.equal(compiled(*given), wanted)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = fn(*given)
-    for _ in range(2):
-        found.zero_()
-        graph.replay()
-        assert torch.equal(found, wanted)
+        return rand(1, s, 64, 512), rand(1, 500, 512), index, rand(64, dtype=FP32)
+
+    check_compiled_and_replayed(fn, given, by_tokens=(0, 2))
 
 
 def test_not_launched_where_launches_are_described(monkeypatch):

@@ -9,9 +9,9 @@ from dsv4fuse.kernels import indexer_logits as m
 from dsv4fuse.kernels._launch import described
 from torch._inductor.virtualized import V
 
-from ._hopper import built, gpu_too, launched
-from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU, poisoned
-from .test_kernel_indexer_logits import INF, RANGES, exact, inside, integers, ranges
+from ._hopper import built, check_compiled_and_replayed, gpu_too, launched
+from ._kernels import BF16, DEVICE, FP8, FP16, FP32, GPU
+from .test_kernel_indexer_logits import INF, RANGES, check_ranges, exact, integers, ranges
 from .test_kernel_indexer_logits import made as made_of
 
 HEADS, D = 64, 128
@@ -50,18 +50,7 @@ def test_exact_on_integers(size, dtype):
 def test_ranges(which, dtype):
     """Outside: −inf, or what was there before. A NaN key outside is no matter."""
     t, s = (130, 1900) if GPU else (11, 300)
-    q, k, w = made(2, t, s, dtype)
-    start, end = ranges(2, t, s)[which]
-    shown = inside(s, start, end).expand(2, t, s)
-    hidden = ~shown.any(1)
-    k.view(torch.int8 if dtype == FP8 else torch.int16)[hidden] = 0x7F if dtype == FP8 else 0x7FFF
-    out = poisoned(2, t, s, dtype=FP32)
-    m._launch(q, k, w, None, start, end, out, scale=1.0, scale_dots=False, rounding="once",
-              precise=False, clean=False, narrow_sum=False)  # fmt: skip
-    want = exact(q, k, w)
-    assert torch.equal(out.double(), want.masked_fill(~shown, 777.0))
-    got = m.indexer_logits(q, k, w, None, start, end)
-    assert torch.equal(got.double(), want.masked_fill(~shown, INF))
+    check_ranges(*made(2, t, s, dtype), *ranges(2, t, s)[which])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -70,8 +59,9 @@ def test_roundings(dtype):
     """Integers whose dots need more bits than dtype has, rounded where each module rounds."""
     q, k = (integers(2, *shape, D, dtype=dtype, top=30) for shape in ((5, HEADS), (140,)))
     w = integers(2, 5, HEADS, dtype=dtype, top=3)
-    rounded = torch.einsum("bthd,bsd->bths", q.double(), k.double()).to(dtype)
-    assert (rounded.double() != torch.einsum("bthd,bsd->bths", q.double(), k.double())).any()
+    dots = torch.einsum("bthd,bsd->bths", q.double(), k.double())
+    rounded = dots.to(dtype)
+    assert (rounded.double() != dots).any()
     want = (rounded.double().relu() * 0.25 * w.double().unsqueeze(-1)).sum(2).float()
     assert torch.equal(m.indexer_logits(q, k, w.float(), scale=0.25, rounding="dot"), want)
     terms = (rounded.relu() * 0.29) * w.unsqueeze(-1)
@@ -150,20 +140,10 @@ def test_compiled_and_replayed():
     def fn(q, k, w, end):
         return torch.ops.dsv4fuse.indexer_logits(q, k, w, None, None, end) * 2
 
-    compiled = torch.compile(fn, fullgraph=True)
-    for t in (200, 300, 301):
-        given = *made(1, t, 500), torch.arange(t, device="cuda")[None] + 1
-        for x in (given[0], given[2], given[3]):
-            torch._dynamo.mark_dynamic(x, 1)
-        wanted = fn(*given)
-        assert torch.equal(compiled(*given), wanted)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = fn(*given)
-    for _ in range(2):
-        found.zero_()
-        graph.replay()
-        assert torch.equal(found, wanted)
+    def given(t):
+        return *made(1, t, 500), torch.arange(t, device="cuda")[None] + 1
+
+    check_compiled_and_replayed(fn, given, by_tokens=(0, 2, 3))
 
 
 def test_not_launched_where_launches_are_described(monkeypatch):

@@ -126,11 +126,14 @@ def ranges(batch: int, tokens: int, keys: int) -> dict[str, tuple[Tensor | None,
 @pytest.mark.parametrize("which", RANGES)
 def test_ranges(launch, which):
     """Outside: −inf, or what was there before. A NaN key outside is no matter."""
-    q, k, w = made(2, 11, 70)
-    start, end = ranges(2, 11, 70)[which]
-    shown = inside(70, start, end).expand(2, 11, 70)
-    k[~shown.any(1)] = float("nan")
-    out = poisoned(2, 11, 70, dtype=FP32)
+    check_ranges(*made(2, 11, 70), *ranges(2, 11, 70)[which])
+
+
+def check_ranges(q: Tensor, k: Tensor, w: Tensor, start: Tensor | None, end: Tensor | None) -> None:
+    shape = (*q.shape[:2], k.shape[1])
+    shown = inside(k.shape[1], start, end).expand(shape)
+    k = k.float().masked_fill(~shown.any(1).unsqueeze(-1), float("nan")).to(k.dtype)
+    out = poisoned(*shape, dtype=FP32)
     m._launch(q, k, w, None, start, end, out, scale=1.0, scale_dots=False, rounding="once",
               precise=False, clean=False, narrow_sum=False)  # fmt: skip
     want = exact(q, k, w)
