@@ -28,8 +28,9 @@ class Candidate:
     ``call(*inputs)`` gets one tensor per node of ``inputs`` and returns one tensor per node of
     ``outputs``, equal in shape, dtype and stride; it mutates, in place, each input in ``caches``
     whose new version is the node at the same position in ``updates``. ``places`` says of an
-    index input how many places it may name and the axis along which they differ (None: all),
-    ``reads`` of one that is only read by how many numbers there are to draw from.
+    index input how many places it may name and the axis along which they differ (None: all), and
+    ``signed`` that its negative numbers name none; ``reads`` of one that is only read by how many
+    numbers there are to draw from.
     ``pieces`` says of a cache of bytes which values lie in it, for the check on random inputs.
     ``settled(*inputs)`` says of each row of the outputs whether it has only one right result.
     ``variant`` is the example whose measurements speak for this site, at ``tokens`` tokens.
@@ -47,6 +48,7 @@ class Candidate:
     caches: tuple[fx.Node, ...] = ()
     updates: tuple[fx.Node, ...] = ()
     places: Mapping[fx.Node, tuple[int | torch.SymInt, int | None]] = field(default_factory=dict)
+    signed: frozenset[fx.Node] = frozenset()
     pieces: Mapping[fx.Node, Callable[[Tensor], tuple[Tensor, ...]]] = field(default_factory=dict)
     reads: Mapping[fx.Node, int | torch.SymInt] = field(default_factory=dict)
     settled: Callable[..., Tensor] | None = None

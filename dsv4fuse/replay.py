@@ -7,33 +7,44 @@ from collections.abc import Callable
 import torch
 
 REPLAYS = 9
+SHORT = 50  # of calls that take the span together, or more, each is short
 
 
-def times(call: Callable[[], object], *, span: float, most: int) -> list[float]:
+def times(call: Callable[[], object], *, span: float, most: int, graphs: int = 1) -> list[float]:
     """µs of a call in each replay of a graph with as many calls as take ``span`` µs, at most
     ``most``; RuntimeError for what no graph holds, as it waits for the host.
 
     Triton's ``do_bench_cudagraph`` counts by what launching takes: of short calls there were a few
     hundred or a few dozen, as the host was free, and what a replay costs is shared among them.
+
+    graphs: so many of them, if calls are short. Where a graph's results lie in memory makes up to
+    7 % of what they take; each has a place of its own.
     """
-    return of(call, max(1, min(most, int(span / min(of(call, 1))))))
+    count = max(1, min(most, int(span / min(of(call, 1)))))
+    return of(call, count, graphs if count >= SHORT else 1)
 
 
-def of(call: Callable[[], object], count: int) -> list[float]:
-    """µs of one of ``count`` calls in a graph, for each replay but the first."""
+def of(call: Callable[[], object], count: int, graphs: int = 1) -> list[float]:
+    """µs of one of ``count`` calls in each of some graphs, for each replay but the first."""
     call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    graph.replay()
+    made = [_captured(call, count) for _ in range(graphs)]
+    for graph in made:
+        graph.replay()
     found = []
-    for _ in range(REPLAYS):
+    for number in range(-(-REPLAYS // graphs) * graphs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        made[number % graphs].replay()
         end.record()
         end.synchronize()
         found.append(1e3 * start.elapsed_time(end) / count)
     return found
+
+
+def _captured(call: Callable[[], object], count: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    return graph

@@ -27,6 +27,9 @@ WIDER = {  # casts that keep every value
 }
 
 
+INTEGERS = (torch.int32, torch.int64)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rewriting step; ``ops`` are the operations it looks at."""
@@ -166,6 +169,19 @@ def _where(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | Non
     return make("minimum" if test.op == "gt" else "maximum", (no, test.args[1]), d)
 
 
+def _where_whole(a: tuple[Term, ...], d: torch.dtype | None, make: Make) -> Term | None:
+    """where(i < n, n, i) = max(i, n) of integers, which have no NaN and one zero; so with ≤, > and
+    ≥, and with the values the other way round."""
+    test, yes, no = a
+    if d not in INTEGERS or test.op not in ("lt", "le", "gt", "ge"):
+        return None
+    i, n = test.args
+    if i.dtype is not d or {yes, no} != {i, n}:
+        return None
+    smaller = (yes is i) == (test.op in ("lt", "le"))
+    return make("minimum" if smaller else "maximum", (i, n), d)
+
+
 def _is(t: Term, op: str) -> bool:
     return t.op == op
 
@@ -233,6 +249,7 @@ RULES: tuple[Rule, ...] = (
     ),  # |max(x, c)| = max(x, c) for c > 0
     Rule("clamp order", "exact", ("maximum",), _clamp_order),  # lo ≤ hi
     Rule("clamp by where", "exact", ("where",), _where),
+    Rule("clamp of integers by where", "exact", ("where",), _where_whole),
     Rule(
         "difference",
         "exact",

@@ -105,6 +105,8 @@ def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
         flat = torch.randint(bound, (extent,), **drawn).to(fake.dtype)
     else:
         values = _indices(shape, *candidate.places.get(node, (1, None)))
+        if node in candidate.signed:
+            values = values.where(torch.arange(values.numel()).view(shape) % 3 > 0, -1)
         return values.to(fake.dtype).to(fake.device)
     return flat.as_strided(shape, strides)
 

@@ -234,6 +234,12 @@ def _joined(
     return Site(hit, root, read, q, kv, (*values, *k), sink, mask, wide)
 
 
+def unmasked(site: Site) -> Site:
+    """The site without its mask; what adding it rounds is rounded already."""
+    bare = replace(site.logits, mask=None, rounded=site.logits.rounded.replace("m", ""))
+    return replace(site, mask=(), logits=bare)
+
+
 @dataclass(frozen=True)
 class Roles:
     """The output's coordinates (None: it has no such axis)."""

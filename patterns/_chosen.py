@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from dsv4fuse import maps
+from dsv4fuse import maps, rules
 from dsv4fuse.contract import Axes
+from dsv4fuse.maps import Size
 from dsv4fuse.scene import Scene
-from dsv4fuse.terms import Complex
+from dsv4fuse.terms import Complex, Term
 
 from ._attention import Named, Site
 
 aten = torch.ops.aten
+INDICES = (torch.int32, torch.int64)
 ROW = -1  # the name of the far keys' own axis in the axes of ``Chosen.far``
 PAGE = -2
 
@@ -52,13 +55,65 @@ def _chosen(scene: Scene, site: Site, named: Named) -> Chosen | None:
     return _gathered(scene, node, axes, site)
 
 
+def self_hiding(scene: Scene, site: Site, keys: Chosen) -> Chosen | None:
+    """The same keys by the index of which the mask hides what is negative, and nothing else."""
+    if keys.near is not None or site.logits.mask is None:
+        return None
+    kind, _, fill = site.logits.mask
+    term = _integer(scene.low.term(keys.index.node))
+    above = [t for t in term.args if rules.number(t) != 0] if term.op == "maximum" else []
+    term = _integer(above[0]) if len(above) == 1 else term
+    shown = _holding(scene, term, keys.index)
+    for mask in site.mask:
+        x = _negative(scene.low.term(mask.node), kind, fill)
+        for named in _holding(scene, _integer(x), mask) if x is not None else ():
+            if named in shown and named.node.meta["val"].dtype in INDICES:
+                return replace(keys, index=named, wrap=False)
+    return None
+
+
+def _negative(t: Term, kind: str, fill: float) -> Term | None:
+    """x, where a mask hides a key, by -inf, just where x < 0."""
+    hides = kind != "allowed"
+    if kind == "add":
+        if t.op != "where":
+            return None
+        t, *values = t.args
+        values = [rules.number(v) for v in values]
+        hides, fill = values[1] == 0, min(v if v is not None else 0 for v in values)
+        if set(values) != {0, -math.inf}:
+            return None
+    while t.op in ("logical_not", "bitwise_not"):
+        hides, t = not hides, t.args[0]
+    below = t.op == ("lt" if hides else "ge") and rules.number(t.args[1]) == 0
+    return t.args[0] if below and fill == -math.inf else None
+
+
+def _integer(t: Term) -> Term:
+    """t before casts from one type of indices to the other."""
+    while t.op == "cast" and {t.dtype, t.args[0].dtype} <= set(INDICES):
+        (t,) = t.args
+    return t
+
+
+def _holding(scene: Scene, term: Term, named: Named) -> list[Named]:
+    """The nodes that hold a term in the coordinates of a named node, named as it is."""
+    space = maps.sizes_of(named.node.meta["val"])
+    return [Named(n, _renamed(a, named.axes)) for n, a in _holders(scene, term, space)]
+
+
 def _whole(scene: Scene, node: fx.Node) -> list[tuple[fx.Node, Axes]]:
     """Nodes that hold the same, each axis of them one of this node's (None: of size one)."""
     term = scene.low.term(node)
     if isinstance(term, Complex):
         return []
+    return _holders(scene, term, maps.sizes_of(node.meta["val"]))
+
+
+def _holders(scene: Scene, term: Term, space: tuple[Size, ...]) -> list[tuple[fx.Node, Axes]]:
+    """Nodes that hold a term of such a space, each axis one of the space's."""
     found = []
-    for other, m in scene.places(term, maps.sizes_of(node.meta["val"])):
+    for other, m in scene.places(term, space):
         axes = tuple(i.whole() for i in m)
         plain = all(a is not None or i == maps.ZERO for a, i in zip(axes, m, strict=True))
         if plain and maps.whole_axes(m, maps.sizes_of(other.meta["val"])):
@@ -140,10 +195,8 @@ def _by_index(scene: Scene, node: fx.Node, axes: Axes, site: Site) -> Chosen | N
 def _index(scene: Scene, index: fx.Node, lead: Axes, site: Site) -> Named | None:
     """An index tensor, aligned at the last of the indexed axes."""
     value = index.meta["val"]
-    if value.dtype not in (torch.int32, torch.int64) or value.dim() > len(lead):
+    if value.dtype not in INDICES or value.dim() > len(lead):
         return None
     tail = lead[len(lead) - value.dim() :]
     held = tuple(None if n == 1 else a for n, a in zip(value.shape, tail, strict=True))
     return Named(index, held)
-
-

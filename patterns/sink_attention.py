@@ -97,15 +97,17 @@ def arguments(site: Site, who: Roles, numerics: str) -> dict[str, object]:
 def candidate(
     name: str, site: Site, who: Roles, inputs: tuple[fx.Node, ...],
     call: Callable[..., tuple[Tensor, ...]], variant: str, places: Places | None = None,
+    signed: frozenset[fx.Node] = frozenset(),
 ) -> Candidate:  # fmt: skip
     """The candidate of either fusion."""
     shape = site.root.meta["val"].shape
     tokens = math.prod(shape[a] for a in (who.batch, who.sequence) if a is not None)
-    masked = " → mask" * (site.logits.mask is not None)
+    masked = "" if site.logits.mask is None else " → mask"
+    masked = " → negative indices hidden" if signed else masked
     steps = f"scores{masked} → softmax with a sink → weighted sum"
     return Candidate(
         name, site.root, inputs, call, (site.root,), variant=variant, tokens=tokens,
-        places=places or {}, loose=site.weights.env.loose | ORDER,
+        places=places or {}, signed=signed, loose=site.weights.env.loose | ORDER,
         judged="exact", detail={"parts": steps},
     )  # fmt: skip
 

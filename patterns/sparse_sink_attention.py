@@ -16,8 +16,8 @@ from dsv4fuse.layout import restore
 from dsv4fuse.scene import Scene
 
 from . import _attention as attention
-from ._attention import Site, roles, seat
-from ._chosen import PAGE, ROW, Chosen, chosen
+from ._attention import Site, roles, seat, unmasked
+from ._chosen import PAGE, ROW, Chosen, chosen, self_hiding
 from ._sink_weights import WEIGHTS
 from .sink_attention import SLACK, Places, arguments, arranged, candidate, named, undecided
 
@@ -26,23 +26,25 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
     """Every place of this fusion in a graph."""
     view, sites = attention.sites(scene)
     found = ((s, chosen(view, s)) for s in sites)
-    return [_candidate(site, keys, numerics) for site, keys in found if keys is not None]
+    return [_candidate(view, site, keys, numerics) for site, keys in found if keys is not None]
 
 
-def _candidate(site: Site, keys: Chosen, numerics: str) -> Candidate:
+def _candidate(scene: Scene, site: Site, keys: Chosen, numerics: str) -> Candidate:
     own = {a for n in (keys.far, keys.near) if n for a in n.axes if a is not None and a >= 0}
     who = roles(site, tuple(own))
-    parts = named(site, who) if who else None
+    alone = self_hiding(scene, site, keys)
+    keys, read = (alone, unmasked(site)) if alone else (keys, site)
+    parts = named(read, who) if who else None
     if who is None or parts is None or not own <= {who.batch, site.keys, site.lane}:
         return undecided("sparse_sink_attention", site)
     more = {"near": keys.near, "far": keys.far, "index": keys.index, "page": keys.page}
     parts |= {name: n for name, n in more.items() if n is not None}
     inputs = tuple(dict.fromkeys(n.node for n in parts.values()))
-    fixed = arguments(site, who, numerics)
+    fixed = arguments(read, who, numerics)
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = {name: tensors[inputs.index(n.node)] for name, n in parts.items()}
-        q, mask, sinks = arranged(site, who, parts, given)
+        q, mask, sinks = arranged(read, who, parts, given)
         tokens = who.order[:2]
         wanted = {
             "near": (who.batch, site.keys, site.lane), "index": (*tokens, site.keys),
@@ -58,8 +60,9 @@ def _candidate(site: Site, keys: Chosen, numerics: str) -> Candidate:
         return (restore(out, who.order, site.root.meta["val"].dim()),)
 
     return candidate(
-        "sparse_sink_attention", site, who, inputs, call, "gather", _places(keys, site)
-    )
+        "sparse_sink_attention", site, who, inputs, call, "gather", _places(keys, site),
+        signed=frozenset({keys.index.node} if alone else ()),
+    )  # fmt: skip
 
 
 def _places(keys: Chosen, site: Site) -> Places:

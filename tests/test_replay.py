@@ -10,17 +10,24 @@ import torch
 from dsv4fuse import replay
 
 
-@pytest.mark.parametrize("once, count", [(2.0, 100), (40.0, 25), (5000.0, 1)])
-def test_how_many_calls_a_graph_has(monkeypatch, once, count):
+@pytest.mark.parametrize("once, count, graphs", [(2.0, 100, 3), (40.0, 25, 1), (5000.0, 1, 1)])
+def test_how_many_calls_a_graph_has(monkeypatch, once, count, graphs):
     asked = []
 
-    def of(call, calls):
-        asked.append(calls)
+    def of(call, calls, graphs=1):
+        asked.append((calls, graphs))
         return [once + 3.0, once]
 
     monkeypatch.setattr(replay, "of", of)
-    assert replay.times(lambda: None, span=1000.0, most=100) == [once + 3.0, once]
-    assert asked == [1, count]
+    found = replay.times(lambda: None, span=1000.0, most=100, graphs=3)
+    assert found == [once + 3.0, once] and asked == [(1, 1), (count, graphs)]
+
+
+@pytest.mark.gpu
+def test_each_graph_has_results_of_its_own():
+    a, places = torch.zeros(1 << 20, device="cuda"), []
+    found = replay.of(lambda: places.append((a + 1).data_ptr()), 4, graphs=3)
+    assert len(found) == 9 and len(set(places[1:])) >= 3
 
 
 @pytest.mark.gpu

@@ -239,12 +239,22 @@ LOOSE_FOLD = [
     for n, steps in {1: 0.0, 3: 1.0, 48: 1.0, 96: 1.0, 512: 0.0, 1000: 1.0}.items()
     for d in (FP32,)
 ]  # fmt: skip
+WHOLE = [
+    Instance(
+        "clamp of integers by where", f"{op} {bound}, {order} {d}", "where",
+        lambda m, c, i, d=d, o=op, b=bound, order=order: (
+            (m(o, (i, c(b)), torch.bool), *((c(b), i) if order == "bound first" else (i, c(b)))),
+            d), (d,),
+    )
+    for d in rules.INTEGERS for op in ("lt", "le", "gt", "ge") for bound in (0, -3, 4)
+    for order in ("bound first", "bound last")
+]  # fmt: skip
 # Below this nothing is promised of silu: exp(-x) overflows where x·sigmoid(x) is still a number.
 SILU_FLOOR = 2e-37
 
 
 def test_every_rule_is_proved():
-    proved = {i.rule for i in (*UNARY, *BINARY, *LOOSE, *LOOSE_BINARY, *LOOSE_FOLD)}
+    proved = {i.rule for i in (*UNARY, *BINARY, *WHOLE, *LOOSE, *LOOSE_BINARY, *LOOSE_FOLD)}
     assert {r.name for r in rules.RULES} == proved
     measured = {i.rule for i in (*LOOSE, *LOOSE_BINARY, *LOOSE_FOLD)}
     assert {r.name for r in rules.RULES if r.kind == "ulp"} == measured
@@ -263,6 +273,14 @@ def _inputs(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("instance", UNARY, ids=str)
 def test_exact_on_every_pattern(instance):
     same_bits(*Bench(instance).sides(_inputs(instance.leaves[0])))
+
+
+@pytest.mark.parametrize("instance", WHOLE, ids=str)
+def test_exact_on_integers(instance):
+    (d,) = instance.leaves
+    ends = torch.iinfo(d)
+    left, right = Bench(instance).sides(torch.tensor([*range(-9, 9), ends.min, ends.max], dtype=d))
+    assert left.dtype == right.dtype == d and torch.equal(left, right)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, *FLOATS])

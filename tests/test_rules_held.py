@@ -94,6 +94,15 @@ def test_where_of_another_bound_or_value_is_no_clamp():
         assert low.make("where", args, FP32).op == "where"
 
 
+def test_where_of_another_integer_is_no_clamp():
+    low = Lowering()
+    i, n, other = _leaf(low, torch.int64), low.interner.const(0), low.interner.const(1)
+    below = low.make("lt", (i, n), torch.bool)
+    for args in ((below, other, i), (below, i, other), (below, i, i)):
+        assert low.make("where", args, torch.int64).op == "where"
+    assert low.make("where", (below, n, i), torch.int32).op == "where"  # a cast of i, unsaid
+
+
 @pytest.mark.parametrize(
     "how, axes, n", [("sum", (1,), 47.0), ("sum", (1,), 96.0), ("sum", (0, 1), 48.0),
                      ("sum", (0,), 48.0), ("amax", (1,), 48.0), ("mean", (1,), 48.0)],

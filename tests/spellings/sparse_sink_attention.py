@@ -44,14 +44,17 @@ def _attend(q: Tensor, keys: Tensor, hidden: Tensor, sinks: Tensor, weigh: Fn) -
     return torch.einsum("bshk,bskd->bshd", w, keys)
 
 
-def by_gather(weigh: Fn = _attentions.cat_softmax, values: Fn = lambda k: k) -> Fn:
+def by_gather(
+    weigh: Fn = _attentions.cat_softmax, values: Fn = lambda k: k,
+    held: Fn = lambda i: i.clamp(min=0), hidden: Fn = lambda i: i < 0,
+) -> Fn:  # fmt: skip
     """DeepSeek's reference: rows gathered where the index is one, hidden where it is negative."""
 
     def fn(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
         b, s, k = index.shape
-        at = index.clamp(min=0).unsqueeze(-1).expand(b, s, k, kv.shape[-1])
+        at = held(index).unsqueeze(-1).expand(b, s, k, kv.shape[-1])
         keys = torch.gather(kv.unsqueeze(1).expand(-1, s, -1, -1), 2, at)
-        return _attend(q, values(keys), index < 0, sinks, weigh)
+        return _attend(q, values(keys), hidden(index), sinks, weigh)
 
     return fn
 
@@ -95,6 +98,15 @@ def masked_by_value(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tens
     return torch.matmul(w.to(keys.dtype), keys)
 
 
+def by_value(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+    """An additive mask made of the indices."""
+    keys = kv[torch.arange(kv.shape[0])[:, None, None], index]
+    s = torch.einsum("bshd,bskd->bshk", q, keys).float() * SCALE
+    s = s + torch.where(index >= 0, 0.0, float("-inf")).unsqueeze(2)
+    w = _attentions.cat_softmax(s, sinks.view(1, 1, -1, 1)).to(keys.dtype)
+    return torch.einsum("bshk,bskd->bshd", w, keys)
+
+
 def wide(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
     """fp32 from the products on."""
     rows = torch.arange(kv.shape[0])[:, None, None]
@@ -110,18 +122,38 @@ def _case(fn: Fn, make: Fn | None = None, *parts: str, **more: Any) -> Case:
     )  # fmt: skip
 
 
+SIGNED = "softmax with a sink", "negative indices hidden"
 SPELLINGS: dict[str, Case] = {
-    "by gather": _case(by_gather()),
+    "by gather": _case(by_gather(), None, *SIGNED),
+    "by gather: where": _case(by_gather(held=lambda i: torch.where(i < 0, 0, i)), None, *SIGNED),
+    "by gather: indices made long": _case(
+        by_gather(held=lambda i: i.long().clamp_min(0)), inputs(index=torch.int32), *SIGNED
+    ),
+    "by gather: clamped indices made long": _case(
+        by_gather(held=lambda i: i.clamp_min(0).long(), hidden=lambda i: ~(i.long() >= 0)),
+        inputs(index=torch.int32),
+        *SIGNED,
+    ),
+    "by gather: hidden from one on": _case(
+        by_gather(hidden=lambda i: i < 1), None, "mask", absent=("negative",)
+    ),
+    "by gather: hidden where not negative": _case(
+        by_gather(hidden=lambda i: i >= 0), None, "mask", absent=("negative",)
+    ),
+    "by gather: another index is hidden": _case(
+        by_gather(hidden=lambda i: i.flip(-1) < 0), None, "mask", absent=("negative",)
+    ),
+    "by value": _case(by_value, None, *SIGNED),
     "by gather: greatest": _case(by_gather(_attentions.by_greatest)),
     "by gather: logsumexp": _case(by_gather(_attentions.by_logsumexp), inputs(none=False)),
     "by gather: one token": _case(by_gather(), inputs((3, 1))),
     "by gather: one request": _case(by_gather(), inputs((1, 4))),
-    "by index": _case(by_index),
-    "by index: int32": _case(by_index, inputs(index=torch.int32)),
-    "from a pool": _case(from_pool),
+    "by index": _case(by_index, None, *SIGNED),
+    "by index: int32": _case(by_index, inputs(index=torch.int32), *SIGNED),
+    "from a pool": _case(from_pool, None, *SIGNED),
     "behind the window": _case(behind_window()),
     "behind the window: one token": _case(behind_window(), inputs((3, 1))),
-    "fp32 products": _case(wide),
+    "fp32 products": _case(wide, None, *SIGNED),
 }
 
 _LIKE, _WINDOW = SPELLINGS["by gather"], SPELLINGS["behind the window"]
