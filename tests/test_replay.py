@@ -10,17 +10,19 @@ import torch
 from dsv4fuse import replay
 
 
-@pytest.mark.parametrize("once, count, graphs", [(2.0, 100, 3), (40.0, 25, 1), (5000.0, 1, 1)])
-def test_how_many_calls_a_graph_has(monkeypatch, once, count, graphs):
+@pytest.mark.parametrize(
+    "once, count, graphs, warm", [(2.0, 100, 3, 0.0), (40.0, 25, 1, 7.0), (5000.0, 1, 1, 7.0)]
+)
+def test_how_many_calls_a_graph_has(monkeypatch, once, count, graphs, warm):
     asked = []
 
-    def of(call, calls, graphs=1):
-        asked.append((calls, graphs))
+    def of(call, calls, graphs=1, warm=0.0):
+        asked.append((calls, graphs, warm))
         return [once + 3.0, once]
 
     monkeypatch.setattr(replay, "of", of)
-    found = replay.times(lambda: None, span=1000.0, most=100, graphs=3)
-    assert found == [once + 3.0, once] and asked == [(1, 1), (count, graphs)]
+    found = replay.times(lambda: None, span=1000.0, most=100, graphs=3, warm=7.0)
+    assert found == [once + 3.0, once] and asked == [(1, 1, 0.0), (count, graphs, warm)]
 
 
 @pytest.mark.gpu
@@ -28,6 +30,14 @@ def test_each_graph_has_results_of_its_own():
     a, places = torch.zeros(1 << 20, device="cuda"), []
     found = replay.of(lambda: places.append((a + 1).data_ptr()), 4, graphs=3)
     assert len(found) == 9 and len(set(places[1:])) >= 3
+
+
+@pytest.mark.gpu
+def test_what_is_warm_does_not_count():
+    a = torch.zeros(1 << 26, device="cuda")
+    started = time.perf_counter()
+    assert len(replay.of(lambda: a.add_(1), 10, warm=0.2e6)) == 9
+    assert time.perf_counter() - started > 0.2
 
 
 @pytest.mark.gpu
