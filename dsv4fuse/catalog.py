@@ -20,11 +20,12 @@ import torch
 
 from dsv4fuse.bench import limits, runs
 from dsv4fuse.fusion import registry
-from dsv4fuse.select import CLEAR, SLOWER, measured
+from dsv4fuse.select import AS_FAST, CLEAR, measured
 
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
 STEPS = "examples/results/*_flash_*.json"
 LIMITS = "kernels/limits.json"
+SHOWN = (1, 64, 1024, 8192)  # numbers of tokens in the tables of docs/speed.md
 VERSIONS = "tests/versions.json"
 GENERATED = "tests/generated.json"
 
@@ -48,7 +49,7 @@ class Variant:
     @property
     def region(self) -> str:
         """The numbers of tokens at which ``select="auto"`` takes it."""
-        limit = CLEAR if self.varied else SLOWER
+        limit = CLEAR if self.varied else AS_FAST
         won = [t for t, inductor, ours in self.times if ours <= limit * inductor]
         every = [t for t, _, _ in self.times]
         if won == every:
@@ -131,22 +132,22 @@ def listing() -> str:
 
 def times_table(root: pathlib.Path) -> str:
     """Of every measured variant: µs of Inductor → dsv4fuse (ratio) by number of tokens."""
-    counts = (1, 64, 1024, 8192)
     rows = []
     for name in registry():
         for v in variants(name):
             known = {t: (inductor, ours) for t, inductor, ours in v.times}
-            pairs = (known.get(t) for t in counts)
+            pairs = (known.get(t) for t in SHOWN)
             cells = (f"{p[0]:.2f} → {p[1]:.2f} ({p[1] / p[0]:.2f})" if p else "" for p in pairs)
             rows.append((f"`{name}`", v.name, *cells))
-    return _table(("fusion", "variant", *(f"{t}" for t in counts)), rows)
+    return _table(("fusion", "variant", *(f"{t}" for t in SHOWN)), rows)
 
 
 def limits_table(root: pathlib.Path) -> str:
-    """Of every profiled call of ours the kernel that takes longest, and what limits it."""
+    """Of profiled calls of ours the kernel that takes longest, and what limits it."""
     file, rows = root / LIMITS, []
     columns = ("µs", "limit", "DRAM %", "L2 %", "L1 %", "tensor %", "waits for")
-    found = [r for r in limits.load(file)[0] if r.model == "flash"] if file.exists() else []
+    found = limits.load(file)[0] if file.exists() else []
+    found = [r for r in found if r.model == "flash" and r.tokens in SHOWN]
     for name, fusion in registry().items():
         place = {variant: i for i, variant in enumerate(fusion.examples)}
         own = [row for row in found if row.fusion == name and row.variant in place]

@@ -153,12 +153,13 @@ def test_the_table_of_the_page(tmp_path):
     assert catalog.limits_table(tmp_path) == "No profile is kept yet."
     file = tmp_path / "kernels" / "limits.json"
     limits.save(rows("norm_quant", "quant", 64), file, MADE_ON)
-    limits.save(rows("norm_quant", "two norms", 8), file, MADE_ON)
-    limits.save(rows("norm_quant", "quant", 8), file, MADE_ON)
+    limits.save(rows("norm_quant", "two norms", 1), file, MADE_ON)
+    limits.save(rows("norm_quant", "quant", 1), file, MADE_ON)
+    limits.save(rows("norm_quant", "quant", 4), file, MADE_ON)  # not shown
     text = catalog.renewed("<!-- limits -->\n<!-- /limits -->\n", tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[1:3] for line in lines] == [
-        ["two norms", "8"], ["quant", "8"], ["quant", "64"],
+        ["two norms", "1"], ["quant", "1"], ["quant", "64"],
     ]  # fmt: skip
     wanted = "| 64 | `norm_quant_kernel` | 21.00 of 23.00 | memory | 88 | 60 | ? | 0 |  |"
     assert lines[2].endswith(wanted)

@@ -174,7 +174,7 @@ def test_a_gpu_that_nothing_was_measured_on(monkeypatch, capability):
     assert select.decide(on_gpu(Sizes().inter), Options()).take is not None
 
 
-@pytest.mark.parametrize("ours, take", [(6.9, True), (7.1, None), (11.0, None)])
+@pytest.mark.parametrize("ours, take", [(6.9, True), (7.1, None), (10.1, None), (11.0, None)])
 def test_a_varied_site_is_timed_unless_its_table_is_clear(monkeypatch, ours, take):
     """Its time hangs on more than tokens, or on what is in front of it: a table near to Inductor's
     time settles nothing."""
