@@ -76,13 +76,10 @@ def _negative(t: Term, kind: str, fill: float) -> Term | None:
     """x, where a mask hides a key, by -inf, just where x < 0."""
     hides = kind != "allowed"
     if kind == "add":
-        if t.op != "where":
+        if t.op != "where" or {rules.number(v) for v in t.args[1:]} != {0, -math.inf}:
             return None
-        t, *values = t.args
-        values = [rules.number(v) for v in values]
-        hides, fill = values[1] == 0, min(v if v is not None else 0 for v in values)
-        if set(values) != {0, -math.inf}:
-            return None
+        hides, fill = rules.number(t.args[2]) == 0, -math.inf
+        t = t.args[0]
     while t.op in ("logical_not", "bitwise_not"):
         hides, t = not hides, t.args[0]
     below = t.op == ("lt" if hides else "ge") and rules.number(t.args[1]) == 0
@@ -90,10 +87,9 @@ def _negative(t: Term, kind: str, fill: float) -> Term | None:
 
 
 def _integer(t: Term) -> Term:
-    """t before casts from one type of indices to the other."""
-    while t.op == "cast" and {t.dtype, t.args[0].dtype} <= set(INDICES):
-        (t,) = t.args
-    return t
+    """An index before it was widened."""
+    widened = t.op == "cast" and (t.args[0].dtype, t.dtype) == INDICES
+    return t.args[0] if widened else t
 
 
 def _holding(scene: Scene, term: Term, named: Named) -> list[Named]:

@@ -25,6 +25,10 @@ def _mutant(name: str) -> str:
     return f"test_spellings.py::test_mutant[norm_rope_cache-{name}]"
 
 
+def _signed(name: str) -> str:
+    return f"test_spellings.py::test_spelling[sparse_sink_attention-by gather: {name}]"
+
+
 _VERIFY, _REWRITE, _WRITES = "dsv4fuse/verify.py", "dsv4fuse/rewrite.py", "dsv4fuse/writes.py"
 _RULES, _SLOTS = "dsv4fuse/rules.py", "dsv4fuse/slots.py"
 
@@ -96,6 +100,14 @@ GUARDS = [
           _mutant("write: a row left out")),
     Guard("write: sequences", _SLOTS, "if place != other or not", "if not",
           _mutant("write: pieces of other sequences")),
+    Guard("chosen: what the mask hides", "patterns/_chosen.py",
+          " and rules.number(t.args[1]) == 0\n", "\n", _signed("hidden from one on")),
+    Guard("chosen: of which index", "patterns/_chosen.py", "if named in shown and", "if",
+          _signed("another index is hidden")),
+    Guard("chosen: by what it hides", "patterns/_chosen.py", "if below and fill == -math.inf else",
+          "if below else", _signed("hidden by a number")),
+    Guard("chosen: which it hides", "patterns/_chosen.py", '("lt" if hides else "ge")',
+          "t.op", _signed("hidden where not negative")),
     # ---- what is the same value
     Guard("match: dtype", "dsv4fuse/match.py",
           "return p.dtype == g.dtype or (hole.wide and rules.widens(g.dtype, p.dtype))",

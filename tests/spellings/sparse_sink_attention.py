@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,17 +37,19 @@ def inputs(
     return make
 
 
-def _attend(q: Tensor, keys: Tensor, hidden: Tensor, sinks: Tensor, weigh: Fn) -> Tensor:
+def _attend(
+    q: Tensor, keys: Tensor, hidden: Tensor, sinks: Tensor, weigh: Fn, fill: float = -math.inf
+) -> Tensor:  # fmt: skip
     """keys ``[B,S,K,D]``, hidden ``[B,S,K]``."""
     s = torch.einsum("bshd,bskd->bshk", q, keys).float() * SCALE
-    s = s.masked_fill(hidden.unsqueeze(2), float("-inf"))
+    s = s.masked_fill(hidden.unsqueeze(2), fill)
     w = weigh(s, sinks.view(1, 1, -1, 1)).to(keys.dtype)
     return torch.einsum("bshk,bskd->bshd", w, keys)
 
 
 def by_gather(
     weigh: Fn = _attentions.cat_softmax, values: Fn = lambda k: k,
-    held: Fn = lambda i: i.clamp(min=0), hidden: Fn = lambda i: i < 0,
+    held: Fn = lambda i: i.clamp(min=0), hidden: Fn = lambda i: i < 0, fill: float = -math.inf,
 ) -> Fn:  # fmt: skip
     """DeepSeek's reference: rows gathered where the index is one, hidden where it is negative."""
 
@@ -54,7 +57,7 @@ def by_gather(
         b, s, k = index.shape
         at = held(index).unsqueeze(-1).expand(b, s, k, kv.shape[-1])
         keys = torch.gather(kv.unsqueeze(1).expand(-1, s, -1, -1), 2, at)
-        return _attend(q, values(keys), hidden(index), sinks, weigh)
+        return _attend(q, values(keys), hidden(index), sinks, weigh, fill)
 
     return fn
 
@@ -98,13 +101,16 @@ def masked_by_value(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tens
     return torch.matmul(w.to(keys.dtype), keys)
 
 
-def by_value(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+def by_value(bias: Fn) -> Fn:
     """An additive mask made of the indices."""
-    keys = kv[torch.arange(kv.shape[0])[:, None, None], index]
-    s = torch.einsum("bshd,bskd->bshk", q, keys).float() * SCALE
-    s = s + torch.where(index >= 0, 0.0, float("-inf")).unsqueeze(2)
-    w = _attentions.cat_softmax(s, sinks.view(1, 1, -1, 1)).to(keys.dtype)
-    return torch.einsum("bshk,bskd->bshd", w, keys)
+
+    def fn(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
+        keys = kv[torch.arange(kv.shape[0])[:, None, None], index]
+        s = torch.einsum("bshd,bskd->bshk", q, keys).float() * SCALE + bias(index).unsqueeze(2)
+        w = _attentions.cat_softmax(s, sinks.view(1, 1, -1, 1)).to(keys.dtype)
+        return torch.einsum("bshk,bskd->bshd", w, keys)
+
+    return fn
 
 
 def wide(q: Tensor, kv: Tensor, index: Tensor, sinks: Tensor) -> Tensor:
@@ -143,7 +149,20 @@ SPELLINGS: dict[str, Case] = {
     "by gather: another index is hidden": _case(
         by_gather(hidden=lambda i: i.flip(-1) < 0), None, "mask", absent=("negative",)
     ),
-    "by value": _case(by_value, None, *SIGNED),
+    "by gather: hidden by a number": _case(
+        by_gather(fill=-1e9), None, "mask", absent=("negative",)
+    ),
+    "by value": _case(by_value(lambda i: torch.where(i >= 0, 0.0, -math.inf)), None, *SIGNED),
+    "by value: the other way round": _case(
+        by_value(lambda i: torch.where(i < 0, -math.inf, 0.0)), None, *SIGNED
+    ),
+    "by value: a number": _case(
+        by_value(lambda i: torch.where(i >= 0, 0.0, -1e9)), None, "mask", absent=("negative",)
+    ),
+    "by value: others are hidden": _case(
+        by_value(lambda i: torch.where(i >= 0, -math.inf, 0.0)), None, "mask",
+        absent=("negative",),
+    ),
     "by gather: greatest": _case(by_gather(_attentions.by_greatest)),
     "by gather: logsumexp": _case(by_gather(_attentions.by_logsumexp), inputs(none=False)),
     "by gather: one token": _case(by_gather(), inputs((3, 1))),
