@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,17 +89,28 @@ def heads_first(hand: Hand) -> Site:
     )
 
 
-GATHERED = {
-    "gather": lambda w: sparse.by_gather(w),
-    "index": lambda w: (
+Way = Callable[[Any, Any, Any], Any]  # weights, the index held in range, who is hidden → fn
+GATHERED: dict[str, Way] = {
+    "gather": lambda w, held, hidden: sparse.by_gather(w, held=held, hidden=hidden),
+    "index": lambda w, held, hidden: (
         lambda q, kv, at, sinks: sparse._attend(
-            q, kv[torch.arange(kv.shape[0])[:, None, None], at], at < 0, sinks, w
+            q, kv[torch.arange(kv.shape[0])[:, None, None], at], hidden(at), sinks, w
         )
     ),
-    "pool": lambda w: (
-        lambda q, kv, at, sinks: sparse._attend(q, kv.flatten(0, 1)[at], at < 0, sinks, w)
+    "pool": lambda w, held, hidden: (
+        lambda q, kv, at, sinks: sparse._attend(q, kv.flatten(0, 1)[at], hidden(at), sinks, w)
     ),
 }
+HELD = {
+    "clamp": lambda at: at.long().clamp(min=0), "relu": lambda at: at.relu().long(),
+    "where": lambda at: torch.where(at < 0, 0, at).long(),
+    "clamp, then long": lambda at: at.clamp_min(0).long(),
+}  # fmt: skip
+HIDDEN = {
+    "negative": lambda at: at < 0, "not seen": lambda at: ~(at >= 0),
+    "int": lambda at: at.int() < 0, "no number": lambda at: at == -1,
+    "zero too": lambda at: at < 1, "another": lambda at: at.flip(-1) < 0,
+}  # fmt: skip
 
 
 def chosen(hand: Hand) -> Site:
@@ -104,10 +118,10 @@ def chosen(hand: Hand) -> Site:
     # No "B": as a symbol, a gather's batch is not known to be as many as the keys' batch.
     sizes = (hand.number("batch", (2, 1, 3)), hand.number("S", (5, 1, 3)))
     index = hand.number("index", (torch.int64, torch.int32))
-    names = {"gather": GATHERED["gather"]} if index == torch.int64 else {}
     weigh = hand.pick("weights", _attentions.WEIGHTS, mutants=EDITS, of="cat_softmax")
-    way = hand.pick("gathered", names | {n: f for n, f in GATHERED.items() if n != "gather"})
-    fn, first, last = way(weigh), hand.seam("in front"), hand.seam("behind")
+    way, hidden = hand.pick("gathered", GATHERED), hand.pick("hidden", HIDDEN)
+    held = hand.pick("held", HELD) if hand.words["gathered"] == "gather" else None
+    fn, first, last = way(weigh, held, hidden), hand.seam("in front"), hand.seam("behind")
     # Where nothing is seen, a softmax without the sink is a NaN.
     none = hand.words["weights"] != "by_logsumexp" and hand.flag("none seen")
 
