@@ -17,7 +17,9 @@ from .spellings.host_sync import MUTANTS, SPELLINGS
 CUDA = torch.device("cuda", 0)
 
 
-def reports(fn, *inputs, dynamic=False, **more) -> tuple[Report, list[torch.fx.Graph]]:
+def reports(
+    fn, *inputs, dynamic=False, device=CUDA, **more
+) -> tuple[Report, list[torch.fx.Graph]]:
     """The report on fn for inputs on a pretended GPU, and its graphs after the pass."""
     found, graphs = Report(), list[torch.fx.Graph]()
     chosen = options.Options.parse({"verify": False, **more}, registry())
@@ -35,7 +37,7 @@ def reports(fn, *inputs, dynamic=False, **more) -> tuple[Report, list[torch.fx.G
         fw_compiler=run, decompositions=select_decomp_table(), keep_inference_input_mutations=True
     )
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
                  for t in inputs]  # fmt: skip
         torch.compile(fn, backend=compiler, dynamic=dynamic)(*fakes)
     return found, graphs

@@ -51,6 +51,7 @@ def expected(kinds, dtype, decode=False):
         "norm_rope_cache": n + csa,  # q and kv are one site, the indexer's q another
         "compress_kv": 2 * csa + kinds.count("hca"),
         "indexer_logits": csa,
+        "unsorted_topk": csa - sparse,  # a mask of them does not say in which order they came
         "sink_attention": 0 if wide else n - sparse,  # the kernel multiplies bf16
         "sparse_sink_attention": 0 if wide else sparse,
         "inv_rope_grouped_bmm": 0 if wide else n,  # sums kept in fp32 may not change their order

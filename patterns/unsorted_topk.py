@@ -1,0 +1,129 @@
+"""A top-k whose order nobody sees: it is not sorted.
+
+Scope: ``torch.topk`` (sorted, as it is by default) of which only the indices are read, through
+pointwise operations and new axes of size one, and end as the places to which a scatter writes one
+number, along the axis of the top-k: a mask of the chosen. On a GPU torch finds the k largest
+first, the same ones in either case, and then sorts them. Sources: transformers' indexer, this
+project's plain model in a prefill.
+No kernel.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsv4fuse import exact
+from dsv4fuse.fusion import Candidate, Fusion
+from dsv4fuse.readers import is_tensor
+from dsv4fuse.scene import Scene
+
+aten = torch.ops.aten
+FILLS = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
+SORTED = 4  # the place of that argument
+
+
+def find(scene: Scene, numerics: str) -> list[Candidate]:
+    """Every place of this fusion in a graph."""
+    nodes = (n for n in scene.graph.nodes if n.target is aten.topk.default)
+    return [c for n in nodes if (c := _candidate(n)) is not None]
+
+
+def _candidate(topk: fx.Node) -> Candidate | None:
+    read = {user.args[1] for user in topk.users if user.target is operator.getitem and user.users}
+    if read != {1} or topk.kwargs or topk.args[SORTED:] == (False,):
+        return None
+    followed = _followed(topk)
+    if followed is None:
+        return None
+    inside, ends = followed
+    region = (topk, *inside, *ends)
+    inputs = tuple(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in region))
+    return Candidate(
+        "unsorted_topk", ends[0], inputs, _Unsorted(region, inputs, ends), ends,
+        detail={"parts": "top-k, unsorted → scatter"},
+    )  # fmt: skip
+
+
+def _followed(topk: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]] | None:
+    """The nodes between a top-k and the scatters that end all that is made of its indices; None
+    where anything else reads it."""
+    rank = topk.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dim = topk.args[2] if len(topk.args) > 2 else -1
+    axes: dict[fx.Node, int] = {}  # along which a node holds what is chosen, in any order
+    ends = []
+    for node in topk.graph.nodes:
+        if node.target is operator.getitem and node.args == (topk, 1):
+            axes[node] = dim % rank  # type: ignore[operator]
+        elif own := [a for a in node.all_input_nodes if a in axes]:
+            if _ends(node, axes):
+                ends.append(node)
+            else:
+                axis = _axis(node, own, axes)
+                if axis is None:
+                    return None
+                axes[node] = axis
+    return (tuple(axes), tuple(ends)) if ends else None
+
+
+def _ends(node: fx.Node, axes: dict[fx.Node, int]) -> bool:
+    """Is it a scatter of one number, to places that are chosen along its own axis?"""
+    if node.target is not aten.scatter.value:
+        return False
+    base, dim, index = node.args[:3]
+    return base not in axes and axes.get(index) == dim % node.meta["val"].dim()  # type: ignore
+
+
+def _axis(node: fx.Node, own: list[fx.Node], axes: dict[fx.Node, int]) -> int | None:
+    """The axis of a node that computes the same of each of the chosen."""
+    if not is_tensor(node):
+        return None
+    rank = node.meta["val"].dim()
+    if node.target is aten.unsqueeze.default:
+        axis = axes[own[0]]
+        return axis + (node.args[1] % rank <= axis)  # type: ignore[operator]
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return None
+    found = {axes[a] + rank - a.meta["val"].dim() for a in own}
+    if len(found) != 1 or any(_is_one(a.meta["val"].shape[axes[a]]) for a in own):
+        return None
+    (axis,) = found
+    others = (a for a in node.all_input_nodes if a not in axes and is_tensor(a))
+    return axis if all(_alike(a, axis - rank) for a in others) else None
+
+
+def _alike(node: fx.Node, axis: int) -> bool:
+    """Is a value the same all along an axis, which is counted from the last?"""
+    shape = node.meta["val"].shape
+    return node.target in FILLS or len(shape) < -axis or _is_one(shape[axis])
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+@dataclass(frozen=True)
+class _Unsorted:
+    """A site's replacement: the same, the top-k unsorted."""
+
+    region: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    ends: tuple[fx.Node, ...]
+
+    def __call__(self, *given: Any) -> tuple[Tensor, ...]:
+        env = exact.run(self.region, dict(zip(self.inputs, given, strict=True)), self.ends, _step)
+        return tuple(env[n] for n in self.ends)
+
+
+def _step(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.target is aten.topk.default:
+        x, k, dim, largest = (*args, -1, True)[:4] if len(args) < 4 else args[:4]
+        return aten.topk.default(x, k, dim, largest, False)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+FUSION = Fusion("unsorted_topk", find, (), {}, kernel=False)
