@@ -25,9 +25,7 @@ WIDER = {  # casts that keep every value
     torch.float16: (torch.float32, torch.float64),
     torch.float32: (torch.float64,),
 }
-
-
-INTEGERS = (torch.int32, torch.int64)
+INTEGERS = (torch.int32, torch.int64)  # of indices, the narrower first
 
 
 @dataclass(frozen=True)

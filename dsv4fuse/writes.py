@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from dsv4fuse import maps
+from dsv4fuse import maps, rules
 from dsv4fuse.lower import Opaque
 from dsv4fuse.views import argument, shape_of, slice_range
 
@@ -143,7 +143,7 @@ def _index_put(node: fx.Node, base: fx.Node) -> tuple | None:
     if not held or held[-1] - held[0] + 1 != len(held):
         return None
     tensors = [indices[k] for k in held]
-    if any(t.meta["val"].dtype not in (torch.int32, torch.int64) for t in tensors):
+    if any(t.meta["val"].dtype not in rules.INTEGERS for t in tensors):
         return None
     rank = max(len(shape_of(t)) for t in tensors)
     first = held[0]

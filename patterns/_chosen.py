@@ -17,7 +17,6 @@ from dsv4fuse.terms import Complex, Term
 from ._attention import Named, Site
 
 aten = torch.ops.aten
-INDICES = (torch.int32, torch.int64)
 ROW = -1  # the name of the far keys' own axis in the axes of ``Chosen.far``
 PAGE = -2
 
@@ -67,7 +66,7 @@ def self_hiding(scene: Scene, site: Site, keys: Chosen) -> Chosen | None:
     for mask in site.mask:
         x = _negative(scene.low.term(mask.node), kind, fill)
         for named in _holding(scene, _integer(x), mask) if x is not None else ():
-            if named in shown and named.node.meta["val"].dtype in INDICES:
+            if named in shown and named.node.meta["val"].dtype in rules.INTEGERS:
                 return replace(keys, index=named, wrap=False)
     return None
 
@@ -88,7 +87,7 @@ def _negative(t: Term, kind: str, fill: float) -> Term | None:
 
 def _integer(t: Term) -> Term:
     """An index before it was widened."""
-    widened = t.op == "cast" and (t.args[0].dtype, t.dtype) == INDICES
+    widened = t.op == "cast" and (t.args[0].dtype, t.dtype) == rules.INTEGERS
     return t.args[0] if widened else t
 
 
@@ -191,7 +190,7 @@ def _by_index(scene: Scene, node: fx.Node, axes: Axes, site: Site) -> Chosen | N
 def _index(scene: Scene, index: fx.Node, lead: Axes, site: Site) -> Named | None:
     """An index tensor, aligned at the last of the indexed axes."""
     value = index.meta["val"]
-    if value.dtype not in INDICES or value.dim() > len(lead):
+    if value.dtype not in rules.INTEGERS or value.dim() > len(lead):
         return None
     tail = lead[len(lead) - value.dim() :]
     held = tuple(None if n == 1 else a for n, a in zip(value.shape, tail, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dsv4fuse import rules
 from dsv4fuse.scene import Scene
 from dsv4fuse.views import VIEWS, argument, base_of
 
@@ -93,7 +94,6 @@ def choice(scene: Scene, gathered: Gathered) -> Choice | None:
         table, (ids,) = last.args
     else:
         return None
-    integers = (torch.int32, torch.int64)
-    kinds = [t.meta["val"].dtype in integers for t in (table, ids)]
+    kinds = [t.meta["val"].dtype in rules.INTEGERS for t in (table, ids)]
     fits = table.meta["val"].dim() == 2 and node.meta["val"].dtype == torch.int64 and all(kinds)
     return Choice(node, table=table, ids=ids) if fits and not wraps else None

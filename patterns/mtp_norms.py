@@ -136,7 +136,7 @@ def _positions(
         return None
     for (at, n), op in ((test.args, test.op), (test.args[::-1], TURNED[test.op])):
         name = names.get((op, rules.number(n)))  # type: ignore[arg-type]
-        if name is None or at.dtype not in (torch.int32, torch.int64):
+        if name is None or at.dtype not in rules.INTEGERS:
             continue
         held = seats(Operand(at, scene.places(at, space)))
         seat = next((s for s in held if len(space) - 1 not in s.axes), None)

@@ -102,7 +102,7 @@ def candidate(
     """The candidate of either fusion."""
     shape = site.root.meta["val"].shape
     tokens = math.prod(shape[a] for a in (who.batch, who.sequence) if a is not None)
-    masked = "" if site.logits.mask is None else " → mask"
+    masked = " → mask" * (site.logits.mask is not None)
     masked = " → negative indices hidden" if signed else masked
     steps = f"scores{masked} → softmax with a sink → weighted sum"
     return Candidate(

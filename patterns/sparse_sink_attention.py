@@ -2,8 +2,10 @@
 
 Scope: as ``sink_attention``, where the keys of each query are gathered (``gather``, or indexing
 with or without a page per batch row) from rows that many queries share, alone or behind keys that
-all queries of a batch row see (``cat``). The gathered tensor is never made. Sources: DeepSeek's
-reference; this project's plain model.
+all queries of a batch row see (``cat``). The gathered tensor is never made. Where a mask hides by
+-inf just what a negative index names, and no keys lie in front, the index as it was before it was
+clamped says so itself: the op reads that and no mask. Sources: DeepSeek's reference; this
+project's plain model.
 """
 
 from __future__ import annotations

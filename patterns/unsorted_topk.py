@@ -21,10 +21,10 @@ from dsv4fuse import exact
 from dsv4fuse.fusion import Candidate, Fusion
 from dsv4fuse.readers import is_tensor
 from dsv4fuse.scene import Scene
+from dsv4fuse.views import argument
 
 aten = torch.ops.aten
 FILLS = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
-SORTED = 4  # the place of that argument
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
@@ -35,7 +35,7 @@ def find(scene: Scene, numerics: str) -> list[Candidate]:
 
 def _candidate(topk: fx.Node) -> Candidate | None:
     read = {user.args[1] for user in topk.users if user.target is operator.getitem and user.users}
-    if read != {1} or topk.kwargs or topk.args[SORTED:] == (False,):
+    if read != {1} or not argument(topk, 4, "sorted", True):
         return None
     followed = _followed(topk)
     if followed is None:
@@ -52,13 +52,12 @@ def _candidate(topk: fx.Node) -> Candidate | None:
 def _followed(topk: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]] | None:
     """The nodes between a top-k and the scatters that end all that is made of its indices; None
     where anything else reads it."""
-    rank = topk.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    dim = topk.args[2] if len(topk.args) > 2 else -1
+    rank, dim = topk.args[0].meta["val"].dim(), argument(topk, 2, "dim", -1)  # type: ignore
     axes: dict[fx.Node, int] = {}  # along which a node holds what is chosen, in any order
     ends = []
     for node in topk.graph.nodes:
         if node.target is operator.getitem and node.args == (topk, 1):
-            axes[node] = dim % rank  # type: ignore[operator]
+            axes[node] = dim % rank
         elif own := [a for a in node.all_input_nodes if a in axes]:
             if _ends(node, axes):
                 ends.append(node)
@@ -121,8 +120,8 @@ class _Unsorted:
 
 def _step(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is aten.topk.default:
-        x, k, dim, largest = (*args, -1, True)[:4] if len(args) < 4 else args[:4]
-        return aten.topk.default(x, k, dim, largest, False)
+        dim, largest = argument(node, 2, "dim", -1), argument(node, 3, "largest", True)
+        return aten.topk.default(*args[:2], dim, largest, False)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

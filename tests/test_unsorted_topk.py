@@ -16,11 +16,16 @@ def topk(graph):
     return [n for n in graph.nodes if n.target is torch.ops.aten.topk.default]
 
 
-@pytest.mark.parametrize("name", ["a mask", "behind a threshold", "two masks"])
-def test_the_graph_asks_for_no_order(name):
+@pytest.mark.parametrize(
+    "name, dim, largest",
+    [("a mask", -1, True), ("behind a threshold", -1, True), ("two masks", -1, True),
+     ("the first axis", 1, True), ("the least", -1, False)],
+)  # fmt: skip
+def test_the_graph_asks_for_no_order(name, dim, largest):
     report, (graph,) = reports(SPELLINGS[name].build(), *inputs(), device="cpu")
     assert report.counts() == {"unsorted_topk": 1}, str(report)
-    assert [n.args[4] for n in topk(graph)] == [False]
+    (args,) = (n.args[2:] for n in topk(graph))
+    assert args == (dim, largest, False) and type(args[1]) is bool
 
 
 def test_nothing_is_left_to_do():
