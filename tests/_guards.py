@@ -85,7 +85,7 @@ GUARDS = [
           "if len(shape_of(value)) < 1:",
           "test_writes.py::test_none[one number for all lanes]"),
     Guard("write: numbers of rows", _WRITES,
-          'if any(t.meta["val"].dtype not in (torch.int32, torch.int64) for t in tensors):',
+          'if any(t.meta["val"].dtype not in rules.INTEGERS for t in tensors):',
           "if False:", "test_writes.py::test_none[a choice of rows, not their numbers]"),
     Guard("write: one row for many", _WRITES,
           "if missing < 0 or any(a < missing for a in named):", "if missing < 0:",
