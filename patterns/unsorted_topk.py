@@ -1,10 +1,11 @@
-"""A top-k whose order nobody sees: it is not sorted.
+"""A top-k whose order nobody sees: not sorted, nor made at all where it takes all there are.
 
 Scope: ``torch.topk`` (sorted, as it is by default) of which only the indices are read, through
 pointwise operations and new axes of size one, and end as the places to which a scatter writes one
 number, along the axis of the top-k: a mask of the chosen. On a GPU torch finds the k largest
-first, the same ones in either case, and then sorts them. Sources: transformers' indexer, this
-project's plain model in a prefill.
+first, the same ones in either case, and then sorts them. Where it takes as many as there are (the
+512 entries of a prompt of 2048 tokens, an index_topk of 512), the scores do not matter, nor what
+is computed for them alone. Sources: transformers' indexer, this project's plain model in a prefill.
 No kernel.
 """
 
@@ -41,12 +42,33 @@ def _candidate(topk: fx.Node) -> Candidate | None:
     if followed is None:
         return None
     inside, ends = followed
-    region = (topk, *inside, *ends)
+    front = _only_for(topk) if _takes_all(topk) else None
+    every = front is not None
+    region = (*(front or (topk,)), *inside, *ends)
     inputs = tuple(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in region))
-    return Candidate(
-        "unsorted_topk", ends[0], inputs, _Unsorted(region, inputs, ends), ends,
-        detail={"parts": "top-k, unsorted → scatter"},
-    )  # fmt: skip
+    call = _Chosen(topk, every, (*inside, *ends), inputs, ends)
+    parts = "all there are, no top-k → scatter" if every else "top-k, unsorted → scatter"
+    return Candidate("unsorted_topk", ends[0], inputs, call, ends, detail={"parts": parts})
+
+
+def _takes_all(topk: fx.Node) -> bool:
+    """Is it of as many as lie along its axis? Of a shape without symbols: that is all indices are
+    made of then."""
+    shape = topk.args[0].meta["val"].shape  # type: ignore[union-attr]
+    static = all(isinstance(size, int) for size in (*shape, topk.args[1]))
+    return static and topk.args[1] == shape[argument(topk, 2, "dim", -1)]
+
+
+def _only_for(topk: fx.Node) -> tuple[fx.Node, ...] | None:
+    """A top-k and, in front of it, what is computed for it alone; None where random numbers are:
+    others are drawn behind them."""
+    found = {topk}
+    for node in reversed(topk.graph.nodes):
+        if node.op == "call_function" and node.users and found.issuperset(node.users):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                return None
+            found.add(node)
+    return tuple(sorted(found))
 
 
 def _followed(topk: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]] | None:
@@ -106,23 +128,34 @@ def _is_one(size: int | torch.SymInt) -> bool:
 
 
 @dataclass(frozen=True)
-class _Unsorted:
-    """A site's replacement: the same, the top-k unsorted."""
+class _Chosen:
+    """A site's replacement: what is ``behind`` the top-k, of the same that were chosen."""
 
-    region: tuple[fx.Node, ...]
+    topk: fx.Node
+    every: bool
+    behind: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     ends: tuple[fx.Node, ...]
 
     def __call__(self, *given: Any) -> tuple[Tensor, ...]:
-        env = exact.run(self.region, dict(zip(self.inputs, given, strict=True)), self.ends, _step)
+        env: dict[fx.Node, Any] = dict(zip(self.inputs, given, strict=True))
+        env[self.topk] = (None, _every(self.topk) if self.every else _unsorted(self.topk, env))
+        exact.run(self.behind, env, self.ends)
         return tuple(env[n] for n in self.ends)
 
 
-def _step(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.target is aten.topk.default:
-        dim, largest = argument(node, 2, "dim", -1), argument(node, 3, "largest", True)
-        return aten.topk.default(*args[:2], dim, largest, False)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _unsorted(topk: fx.Node, env: dict[fx.Node, Any]) -> Tensor:
+    x, k = (env.get(a, a) for a in topk.args[:2])
+    dim, largest = argument(topk, 2, "dim", -1), argument(topk, 3, "largest", True)
+    return aten.topk.default(x, k, dim, largest, False)[1]
+
+
+def _every(topk: fx.Node) -> Tensor:
+    """All places along a top-k's axis, in order."""
+    like = topk.meta["val"][1]
+    axis = argument(topk, 2, "dim", -1) % like.dim()
+    places = torch.arange(like.shape[axis], device=like.device)
+    return places.view([-1 if i == axis else 1 for i in range(like.dim())]).expand(like.shape)
 
 
 FUSION = Fusion("unsorted_topk", find, (), {}, kernel=False)

@@ -11,9 +11,11 @@ from dsv4fuse import backend
 from .spellings.unsorted_topk import SPELLINGS, K, inputs, mask, seen
 from .test_host_sync import reports
 
+aten = torch.ops.aten
+
 
 def topk(graph):
-    return [n for n in graph.nodes if n.target is torch.ops.aten.topk.default]
+    return [n for n in graph.nodes if n.target is aten.topk.default]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,58 @@ def test_nothing_is_left_to_do():
     report, (graph,) = reports(lambda s, n: mask(s.topk(K, sorted=False).indices), *inputs(),
                                device="cpu")  # fmt: skip
     assert report.counts() == {} and [n.args[4] for n in topk(graph)] == [False]
+
+
+def left(fn, *inputs):
+    """What is called in the graph when the sites are fused."""
+    report, (graph,) = reports(fn, *inputs, device="cpu")
+    assert report.counts() == {"unsorted_topk": 1}, str(report)
+    return {n.target for n in graph.nodes if n.op == "call_function"}
+
+
+def test_no_scores_where_all_are_chosen():
+    def all_of(x, w, k):
+        return x.new_zeros(5, 13).scatter(1, (x @ w).relu().topk(k).indices, 1.0)
+
+    x, w = torch.randn(5, 7), torch.randn(7, 13)
+    made = {aten.mm.default, aten.relu.default, aten.topk.default}
+    assert not left(lambda x, w: all_of(x, w, 13), x, w) & made
+    assert left(lambda x, w: all_of(x, w, 12), x, w) >= made
+
+
+def test_scores_that_are_read_stay():
+    def fn(x, w):
+        scores = x @ w
+        return scores.scatter(1, (scores + 1).topk(13).indices, 1.0), scores.sum()
+
+    found = left(fn, torch.randn(5, 7), torch.randn(7, 13))
+    assert aten.mm.default in found and not found & {aten.add.Tensor, aten.topk.default}
+
+
+def test_random_numbers_are_drawn():
+    """What is drawn behind them is what it was."""
+    def fn(x):
+        at = (x + torch.rand_like(x)).topk(13).indices
+        return torch.zeros_like(x).scatter(1, at, 1.0), torch.rand_like(x)
+
+    options = {"inner": "eager", "expect": {"unsorted_topk": 1}}
+    results = []
+    for call in (fn, torch.compile(fn, backend="dsv4fuse", options=options)):
+        torch.manual_seed(0)
+        results.append(call(torch.ones(5, 13)))
+    assert all(map(torch.equal, *results))
+
+
+def test_all_by_a_symbol_are_made():
+    """How many there are is known to the graph as a symbol: they are not sorted."""
+    def fn(s):
+        return torch.zeros_like(s).scatter(1, s.topk(s.shape[1], dim=1).indices, 1.0)
+
+    options = {"inner": "eager", "expect": {"unsorted_topk": 1}}
+    compiled = torch.compile(fn, backend="dsv4fuse", dynamic=True, options=options)
+    for n in (13, 17):
+        s = torch.randn(3, n)
+        assert torch.equal(compiled(s), fn(s))
 
 
 def test_as_many_as_a_symbol_says():

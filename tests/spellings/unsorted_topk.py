@@ -45,6 +45,15 @@ def _case(fn: Callable[..., Any], **more: Any) -> Case:
     return Case(plain(fn), inputs, **{"counts": {NAME: 1}, "parts": ("unsorted",), **more})
 
 
+def _all(fn: Callable[..., Any]) -> Case:
+    return _case(fn, parts=("no top-k",))
+
+
+def _all_seen(scores: Tensor, limit: Tensor) -> Tensor:
+    at = (scores.exp() + limit.unsqueeze(-1)).topk(N).indices
+    return mask(torch.where(at >= limit.unsqueeze(-1), 0, at))
+
+
 SPELLINGS: dict[str, Case] = {
     "a mask": _case(lambda s, n: mask(s.topk(K).indices)),
     "second of two": _case(lambda s, n: mask(torch.topk(s, K, sorted=True)[1])),
@@ -55,6 +64,11 @@ SPELLINGS: dict[str, Case] = {
     "moved": _case(lambda s, n: mask((s.topk(K).indices + n.unsqueeze(-1)).remainder(N))),
     "behind a threshold": _case(seen),
     "two masks": _case(_two),
+    "all but one": _case(lambda s, n: mask(s.topk(N - 1).indices)),
+    "all": _all(lambda s, n: mask(s.topk(N).indices)),
+    "all that are seen": _all(_all_seen),
+    "all of the first axis": _all(lambda s, n: mask(s.topk(ROWS, dim=1).indices, 1)),
+    "all, of scores that are read": _all(lambda s, n: s.scatter(-1, s.topk(N).indices, 0.0)),
 }
 
 
@@ -62,8 +76,8 @@ def _mutant(fn: Callable[..., Any], like: str = "a mask", **more: Any) -> Case:
     return _case(fn, **{"counts": {}, "parts": (), "like": SPELLINGS[like], **more})
 
 
-def _values(scores: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    values, at = scores.topk(K)
+def _values(scores: Tensor, limit: Tensor, k: int = K) -> tuple[Tensor, Tensor]:
+    values, at = scores.topk(k)
     return mask(at), values
 
 
@@ -95,6 +109,8 @@ MUTANTS: dict[str, Case] = {
     "added up": _mutant(
         lambda s, n: s.scatter_add(-1, s.topk(K).indices, torch.arange(K * 1.0).expand(2, ROWS, K))
     ),
+    "values of all are read": _mutant(lambda s, n: _values(s, n, N), "all"),
+    "all, cut": _mutant(lambda s, n: mask(s.topk(N).indices[..., :3]), "all"),
     "the sum of neighbours": _mutant(
         lambda s, n: mask((s.topk(K).indices + s.topk(K).indices.flip(-1)).remainder(N))
     ),
