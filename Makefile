@@ -87,9 +87,9 @@ lint: $(STAMP)
 # A picture of each fusion that was measured against Inductor.
 docs: $(STAMP)
 	@for file in $$(grep -l '"inductor"' kernels/*.json); do $(BIN)/python -m dsv4fuse bench --from $$file --model flash \
-		--plot docs/pictures/$$(basename $$file .json).svg || exit 1; done
+		--plot docs/pictures/$$(basename $$file .json).svg > /dev/null || exit 1; done
 	@$(BIN)/python -m dsv4fuse bench --e2e $(addprefix --from ,$(wildcard examples/results/*_flash_*.json)) \
-		--plot docs/pictures/launches.svg
+		--plot docs/pictures/launches.svg > /dev/null
 	@$(BIN)/python -m dsv4fuse fusions --write README.md --write docs/speed.md --write docs/ops.md \
 		--write docs/versions.md
 

@@ -118,6 +118,7 @@ def test_one_variant(machine):
     (["--model", "huge"], "There is no 'huge'"),
     (["--tokens", "1,x"], "positive numbers"), (["--tokens", "0"], "positive numbers"),
     (["--from", "absent.json"], "absent.json"),
+    (["--e2e", "--against", "x.json"], "no fusions, --tokens, --limits or --against"),
 ])  # fmt: skip
 def test_what_is_refused(machine, arguments, says):
     result = run(*arguments)
@@ -162,6 +163,39 @@ def test_plot_of_what_was_measured(machine, tmp_path):
     else:
         assert result.exit_code == 0, result.output
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_shown(machine, tmp_path):
+    printed = run("moe_router", "--tokens", "1,64", "--json", tmp_path / "all.json").stdout
+    assert run("--from", tmp_path / "all.json").stdout == printed and "moe_router" in printed
+    assert "moe_router" not in run("--from", tmp_path / "all.json", "--model", "pro").stdout
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_how_far_two_runs_are_apart(tmp_path, to_file):
+    """A row that is in one of them only counts in neither."""
+    before = [row("moe_router", "hash", 1, ours=2.0), row("moe_router", "hash", 64, ours=3.0),
+              row("moe_router", "topk", 64), row("moe_router", "hash", 8, ours=2.0)]  # fmt: skip
+    after = [row("moe_router", "hash", 1, ours=2.08), row("moe_router", "hash", 64, ours=2.5),
+             row("moe_router", "hash", 4), row("moe_router", "hash", 8, inductor=4.4)]  # fmt: skip
+    then, now = tmp_path / "then.json" if to_file else tmp_path, tmp_path / "now.json"
+    bench.save(before, then, MADE_ON)
+    bench.save(after, now, MADE_ON)
+    said = run("--from", now, "--against", then).stdout
+    assert "Of 3 rows in both, 2 differ by 5% at most; 4.00% in the middle." in said
+    (line,) = (x for x in said.splitlines() if "3.00" in x)
+    assert [c.strip() for c in line.split("│")[1:-1]] == [
+        "moe_router", "hash", "flash", "64", "3.00", "2.50", "20.0", "0.0"
+    ]  # fmt: skip
+
+
+def test_against_nothing(tmp_path):
+    bench.save([row("moe_router", "hash", 1)], tmp_path / "now.json", MADE_ON)
+    (tmp_path / "empty").mkdir()
+    assert "No row is in both." in run("--from", tmp_path / "now.json", "--against",
+                                       tmp_path / "empty").stdout  # fmt: skip
+    refused = run("--from", tmp_path / "now.json", "--against", tmp_path / "absent.json")
+    assert refused.exit_code == 2 and "absent.json" in refused.stderr
 
 
 @pytest.mark.gpu

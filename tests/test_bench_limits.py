@@ -248,9 +248,9 @@ def test_without_ncu(machine, tmp_path):
 
 @pytest.mark.parametrize("more, says", [
     (["--limits", "folder"], "--limits takes a FILE.json"),
-    (["--limits", "x.json", "--json", "y"], "no --json, --plot or --from beside it"),
-    (["--limits", "x.json", "--from", "y.json"], "no --json, --plot or --from beside it"),
-    (["--limits", "x.json", "--e2e"], "it takes no fusions, --tokens or --limits"),
+    (["--limits", "x.json", "--json", "y"], "no --json, --plot, --from or --against"),
+    (["--limits", "x.json", "--from", "y.json"], "no --json, --plot, --from or --against"),
+    (["--limits", "x.json", "--e2e"], "it takes no fusions, --tokens, --limits"),
     (["--limits", "x.json", "nope"], "There is no 'nope' here"),
 ])  # fmt: skip
 def test_what_is_refused(machine, more, says):

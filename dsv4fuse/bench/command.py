@@ -47,6 +47,11 @@ From = Annotated[
     list[str] | None,
     typer.Option("--from", metavar="FILE", help="Measure nothing: show what --json wrote."),
 ]
+Against = Annotated[
+    str,
+    typer.Option(metavar="FILE", help="Also say how far the times are from those that --json "
+                 "wrote to this file or folder."),
+]  # fmt: skip
 E2E = Annotated[
     bool,
     typer.Option("--e2e", help="Whole models: eager, Inductor and dsv4fuse side by side."),
@@ -82,6 +87,7 @@ def bench(
     plot: Plot = "",
     limits: Limits = "",
     measured: From = None,
+    against: Against = "",
     e2e: E2E = False,
     decode: Decode = None,
     size: Size = None,
@@ -103,11 +109,13 @@ def bench(
         others = {"regional": regional, "ways": ways, "options": options}
         if given := [*asked, *(name for name, value in others.items() if value)]:
             fail(f"Only --e2e knows --{', --'.join(given)}.", 2)
-        if limits and (json_path or plot or measured or not limits.endswith(".json")):
-            fail("--limits takes a FILE.json, and no --json, --plot or --from beside it.", 2)
-        _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers, limits)
-    elif fusions or tokens or limits:
-        fail("--e2e measures whole models: it takes no fusions, --tokens or --limits.", 2)
+        beside = json_path or plot or measured or against
+        if limits and (beside or not limits.endswith(".json")):
+            fail("--limits takes a FILE.json, and no --json, --plot, --from or --against.", 2)
+        _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers, limits,
+                 against)  # fmt: skip
+    elif fusions or tokens or limits or against:
+        fail("--e2e measures whole models: it takes no fusions, --tokens, --limits or --against.", 2)
     else:
         measuring = functools.partial(_measured, asked=asked, regional=regional, ways=ways,
                                       options=options)  # fmt: skip
@@ -116,7 +124,7 @@ def bench(
 
 def _fusions(
     fusions: list[str], models: list[str], tokens: str, json_path: str, plot: str,
-    measured: list[str] | None, workers: int, limits: str,
+    measured: list[str] | None, workers: int, limits: str, against: str,
 ) -> None:  # fmt: skip
     import torch
 
@@ -141,6 +149,7 @@ def _fusions(
     elif measured:
         rows, made_on = _loaded(timing.load, measured)
         rows = [r for r in rows if r.model in (models or [r.model])]
+        fusions_table.show(rows)
     else:
         models = models or ["flash"]
         path = pathlib.Path(json_path) if json_path else None
@@ -151,8 +160,23 @@ def _fusions(
         from dsv4fuse.bench import fusions_plot as pictures
 
         _draw(pictures.draw, rows, made_on, plot)
+    if against:
+        _compared(rows, against)
     if wrong:
         fail("\n".join(wrong), 1)
+
+
+def _compared(rows: list[Any], against: str) -> None:
+    from dsv4fuse.bench import fusions_against
+
+    try:
+        found = fusions_against.pairs(rows, pathlib.Path(against))
+    except (OSError, ValueError) as error:
+        fail(f"--against {against!r}: {error}", 2)
+    console, table = table_console(), fusions_against.table(found)
+    if table.row_count:
+        console.print(table)
+    console.print(fusions_against.sentence(found))
 
 
 def token_counts(

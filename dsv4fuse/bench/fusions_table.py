@@ -25,7 +25,7 @@ def run(
     ``progress`` is called before each row with its name and the number of all steps. More than one
     of ``processes``: so many compile all rows before the first is timed, a step each.
     """
-    console, rows, wrong = table_console(), list[Row](), list[str]()
+    rows, wrong = list[Row](), list[str]()
     made_on, sites = environment(), list(every(names, models, tokens))
     steps = len(sites) * (2 if processes > 1 else 1)
     shown = lambda text: progress(text, steps)  # noqa: E731
@@ -40,13 +40,19 @@ def run(
             fusions.save(rows, path, made_on)
         if not row.agrees:
             wrong.append(f"{name} ({variant}) of {model} at {t} tokens differs from eager.")
-    for model in models:
+    show(rows)
+    return rows, wrong
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table for each model."""
+    console = table_console()
+    for model in dict.fromkeys(row.model for row in rows):
         table = Table(*TITLES, title=model)
         for row in rows:
             if row.model == model:
                 table.add_row(*_cells(row))
         console.print(table)
-    return rows, wrong
 
 
 def _one_by_one(
