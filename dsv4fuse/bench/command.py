@@ -115,7 +115,8 @@ def bench(
         _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers, limits,
                  against)  # fmt: skip
     elif fusions or tokens or limits or against:
-        fail("--e2e measures whole models: it takes no fusions, --tokens, --limits or --against.", 2)
+        fail("--e2e measures whole models: it takes no fusions, --tokens, --limits "
+             "or --against.", 2)  # fmt: skip
     else:
         measuring = functools.partial(_measured, asked=asked, regional=regional, ways=ways,
                                       options=options)  # fmt: skip
