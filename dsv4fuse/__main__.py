@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 import dsv4fuse
-from dsv4fuse.bench.command import bench, kernels
+from dsv4fuse.bench.command import bench
+from dsv4fuse.bench.kernels_command import kernels
 from dsv4fuse.factory import FactoryError, build, parse_options
 from dsv4fuse.options import OptionError
 from dsv4fuse.report import FusionError, Report

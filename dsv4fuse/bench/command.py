@@ -1,5 +1,4 @@
-"""``python -m dsv4fuse bench``: single fusions on a GPU or, with ``--e2e``, whole models; and
-``kernels``: what they compile to, for a GPU that need not be here."""
+"""``python -m dsv4fuse bench``: single fusions on a GPU or, with ``--e2e``, whole models."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import typer
 
 from dsv4fuse.factory import FactoryError, arguments, build, parse_options
 from dsv4fuse.options import OptionError
-from dsv4fuse.terminal import fail, progress, table_console
+from dsv4fuse.terminal import fail, progress
 
 SHORT = {"hf": "examples.models:hf", "plain": "examples.models:plain"}
 # What a model is asked for where nobody says otherwise: where there is no GPU, and on one.
@@ -162,22 +161,14 @@ def _fusions(
 
         _draw(pictures.draw, rows, made_on, plot)
     if against:
-        _compared(rows, against)
+        from dsv4fuse.bench import fusions_against
+
+        try:
+            fusions_against.show(rows, pathlib.Path(against))
+        except (OSError, ValueError) as error:
+            fail(f"--against {against!r}: {error}", 2)
     if wrong:
         fail("\n".join(wrong), 1)
-
-
-def _compared(rows: list[Any], against: str) -> None:
-    from dsv4fuse.bench import fusions_against
-
-    try:
-        found = fusions_against.pairs(rows, pathlib.Path(against))
-    except (OSError, ValueError) as error:
-        fail(f"--against {against!r}: {error}", 2)
-    console, table = table_console(), fusions_against.table(found)
-    if table.row_count:
-        console.print(table)
-    console.print(fusions_against.sentence(found))
 
 
 def token_counts(
@@ -199,35 +190,6 @@ def token_counts(
     if not counts or min(counts) < 1:
         fail(f"--tokens takes positive numbers such as 1,64,1024, not {tokens!r}.", 2)
     return counts
-
-
-def kernels(
-    fusions: Fusions = None,
-    model: Annotated[str, typer.Option(help="flash, pro or pro-tp8.")] = "flash",
-    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "1,64,1024,8192",
-    capability: Annotated[int, typer.Option(help="10 × the GPU's compute capability.")] = 90,
-    json_file: Annotated[str, typer.Option("--json", metavar="FILE", help="Also write it.")] = "",
-) -> None:
-    """Compile the kernels for a GPU that need not be here: registers, spills, shared memory."""
-    try:
-        from dsv4fuse.bench import fusions as timing
-        from dsv4fuse.bench import kernels as built
-    except ImportError as error:
-        fail(f"This needs Triton: {error}.", 2)
-    counts = token_counts(fusions or [], [model], tokens, timing.MODELS)
-    try:
-        with progress() as advance:
-            found = built.launches(
-                fusions or [], timing.MODELS[model], counts, capability, advance
-            )
-    except RuntimeError as error:
-        fail(str(error), 2)
-    table_console().print(built.table(found, capability))
-    if json_file:
-        built.save(found, pathlib.Path(json_file), capability)
-    said = built.wrong(found, capability)
-    if said:
-        fail("\n".join(said), 1)
 
 
 def _loaded(load: Any, files: list[str]) -> tuple[list[Any], dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from dsv4fuse.bench.fusions import Row, load
+from dsv4fuse.terminal import table_console
 
 APART = 0.05  # of the shorter time: what the table shows
 TITLES = ("fusion", "variant", "model", "tokens", "ours µs, then", "now", "apart %",
@@ -34,6 +35,15 @@ class Pair:
 
 def _apart(a: float, b: float) -> float:
     return max(a, b) / min(a, b) - 1
+
+
+def show(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Prints how far the rows are from those of a file or folder that ``save`` wrote."""
+    console, found = table_console(), pairs(rows, path)
+    made = table(found)
+    if made.row_count:
+        console.print(made)
+    console.print(sentence(found))
 
 
 def pairs(rows: Sequence[Row], path: pathlib.Path) -> list[Pair]:
