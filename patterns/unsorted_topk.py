@@ -38,6 +38,8 @@ def _candidate(topk: fx.Node) -> Candidate | None:
     read = {user.args[1] for user in topk.users if user.target is operator.getitem and user.users}
     if read != {1} or not argument(topk, 4, "sorted", True):
         return None
+    if topk.args[0].meta["val"].dim() == 0:  # type: ignore[union-attr]
+        return None  # one number has no order
     followed = _followed(topk)
     if followed is None:
         return None
@@ -52,8 +54,8 @@ def _candidate(topk: fx.Node) -> Candidate | None:
 
 
 def _takes_all(topk: fx.Node) -> bool:
-    """Is it of as many as lie along its axis? Of a shape without symbols: that is all indices are
-    made of then."""
+    """Are as many asked for as lie along its axis? With a symbol in the shape, which the indices
+    that are made instead would want to be given, it counts as no."""
     shape = topk.args[0].meta["val"].shape  # type: ignore[union-attr]
     static = all(isinstance(size, int) for size in (*shape, topk.args[1]))
     return static and topk.args[1] == shape[argument(topk, 2, "dim", -1)]

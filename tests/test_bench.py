@@ -189,6 +189,15 @@ def test_how_far_two_runs_are_apart(tmp_path, to_file):
     ]  # fmt: skip
 
 
+def test_against_what_is_written_over(machine, tmp_path):
+    """The rows as they were; and what cannot be read is said before anything is timed."""
+    bench.save([row("moe_router", "hash", 1, ours=4.0)], tmp_path, MADE_ON)
+    said = run("moe_router:hash", "--tokens", "1", "--json", tmp_path, "--against", tmp_path).stdout
+    assert "Of 1 rows in both, 0 differ by 5% at most; 100.00% in the middle." in said
+    machine.clear()
+    assert run("--against", tmp_path / "absent.json").exit_code == 2 and not machine
+
+
 def test_against_nothing(tmp_path):
     bench.save([row("moe_router", "hash", 1)], tmp_path / "now.json", MADE_ON)
     (tmp_path / "empty").mkdir()

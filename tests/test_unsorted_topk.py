@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
-from dsv4fuse import backend
+from dsv4fuse import Report, backend
+from dsv4fuse.backend import collecting
+from examples import models
 
 from .spellings.unsorted_topk import SPELLINGS, K, inputs, mask, seen
 from .test_host_sync import reports
@@ -51,6 +54,30 @@ def test_no_scores_where_all_are_chosen():
     made = {aten.mm.default, aten.relu.default, aten.topk.default}
     assert not left(lambda x, w: all_of(x, w, 13), x, w) & made
     assert left(lambda x, w: all_of(x, w, 12), x, w) >= made
+
+
+def test_one_number():
+    def fn(x):
+        return torch.zeros((), dtype=torch.bool).scatter(0, x.topk(1).indices, True)
+
+    report, _ = reports(fn, torch.tensor(3.0), device="cpu")
+    assert report.counts() == {}
+
+
+@pytest.mark.parametrize("make", [models.hf, models.plain])
+def test_a_short_prompt_has_no_indexer(make):
+    """16 tokens have four entries, of which an indexer of the tiny models chooses four."""
+    model, args, kwargs = make(length=16)
+    report = Report()
+    with torch.no_grad(), collecting(report):
+        wanted = model(*args, **kwargs)
+        made = torch.compile(model, backend=backend.dsv4fuse, options={"inner": "eager"})(
+            *args, **kwargs
+        )
+    names = {site.fusion for site in report.sites}
+    assert report.counts() == {"unsorted_topk": 2} and "indexer_logits" not in names, str(report)
+    for a, b in zip(tree_leaves(wanted), tree_leaves(made), strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 
 def test_scores_that_are_read_stay():

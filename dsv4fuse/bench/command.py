@@ -132,10 +132,14 @@ def _fusions(
         fail("There is no GPU here: the benchmark times Triton kernels.", 2)
     try:
         from dsv4fuse.bench import fusions as timing
-        from dsv4fuse.bench import fusions_table
+        from dsv4fuse.bench import fusions_against, fusions_table
     except ImportError as error:
         fail(f"The benchmark needs Triton: {error}.", 2)
     counts = token_counts(fusions, models, tokens or "1,64,1024,8192", timing.MODELS)
+    try:  # before --json writes there
+        older = fusions_against.load(pathlib.Path(against)) if against else {}
+    except (OSError, ValueError) as error:
+        fail(f"--against {against!r}: {error}", 2)
     wrong: list[str] = []
     if limits:
         from dsv4fuse.bench import ncu
@@ -161,12 +165,7 @@ def _fusions(
 
         _draw(pictures.draw, rows, made_on, plot)
     if against:
-        from dsv4fuse.bench import fusions_against
-
-        try:
-            fusions_against.show(rows, pathlib.Path(against))
-        except (OSError, ValueError) as error:
-            fail(f"--against {against!r}: {error}", 2)
+        fusions_against.show(rows, older)
     if wrong:
         fail("\n".join(wrong), 1)
 

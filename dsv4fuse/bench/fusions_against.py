@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from dsv4fuse.bench.fusions import Row, load
+from dsv4fuse.bench import fusions
+from dsv4fuse.bench.fusions import Row, Site
+from dsv4fuse.fusion import registry
 from dsv4fuse.terminal import table_console
 
 APART = 0.05  # of the shorter time: what the table shows
@@ -37,21 +39,26 @@ def _apart(a: float, b: float) -> float:
     return max(a, b) / min(a, b) - 1
 
 
-def show(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Prints how far the rows are from those of a file or folder that ``save`` wrote."""
-    console, found = table_console(), pairs(rows, path)
+def load(path: pathlib.Path) -> dict[Site, Row]:
+    """The rows of a file, or of a folder's ``<fusion>.json``, that ``save`` wrote. Raises OSError
+    or ValueError."""
+    files = [path]
+    if path.is_dir():
+        files = [file for name in registry() if (file := path / f"{name}.json").exists()]
+    return {row.site: row for file in files for row in fusions.load(file)[0]}
+
+
+def show(rows: Iterable[Row], older: Mapping[Site, Row]) -> None:
+    """Prints how far the rows are from the older ones."""
+    console, found = table_console(), pairs(rows, older)
     made = table(found)
     if made.row_count:
         console.print(made)
     console.print(sentence(found))
 
 
-def pairs(rows: Sequence[Row], path: pathlib.Path) -> list[Pair]:
-    """Those of the rows that a file, or a folder's ``<fusion>.json``, has too, the farthest apart
-    first; ValueError or OSError for a file that holds none."""
-    names = dict.fromkeys(r.fusion for r in rows)
-    files = [path / f"{n}.json" for n in names] if path.is_dir() else [path]
-    older = {r.site: r for f in files if f.exists() or f is path for r in load(f)[0]}
+def pairs(rows: Iterable[Row], older: Mapping[Site, Row]) -> list[Pair]:
+    """The rows that are in both, the farthest apart first."""
     found = [Pair(older[r.site], r) for r in rows if r.site in older]
     return sorted(found, key=lambda p: -p.ours)
 
