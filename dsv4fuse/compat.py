@@ -17,12 +17,13 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from dsv4fuse import decompositions
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ class _Decomposed(TorchDispatchMode):
         with self:
             if func.namespace == "dsv4fuse":
                 return func.redispatch(_CPU, *args, **kwargs)
-            table = {} if func._schema.is_mutable else select_decomp_table()
+            table = {} if func._schema.is_mutable else decompositions.table()
             for spelled in (table.get(func), func.decompose):
                 found = spelled(*args, **kwargs) if spelled is not None else NotImplemented
                 if found is not NotImplemented:
@@ -109,7 +110,7 @@ def trace(
     env = next((n.node.shape_env for n in sizes), None)
     with outside_compilation(), FakeTensorMode(shape_env=env):
         fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
-        table = select_decomp_table()
+        table = decompositions.table()
         # Its defaults are no inputs.
         graph = make_fx(lambda *given: fn(*given), table, tracing_mode="real")(*fakes).graph
         # Making it functional takes half as long again; where nothing is written, for nothing.
@@ -155,7 +156,7 @@ def trace_fused(
         stack.enter_context(kept())
         for mode in modes:
             stack.enter_context(mode)
-        table = select_decomp_table()
+        table = decompositions.table()
         return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
 
 
@@ -226,9 +227,7 @@ def constant(node: fx.Node) -> torch.Tensor | None:
 
 def configured_passes() -> list[Any]:
     """The passes that the user's own Inductor configuration has at our hook."""
-    there = torch._inductor.config.joint_custom_pre_pass
-    if there is None:
-        return []
+    there = torch._inductor.config.joint_custom_pre_pass or []
     return list(there) if isinstance(there, list | tuple) else [there]
 
 
@@ -241,9 +240,11 @@ def compile_inner(
         from torch._inductor.compile_fx import compile_fx
 
         patches: dict[str, Any] = torch._inductor.list_mode_options(mode) if mode else {}
-        if fusing is not None:
-            patches = patches | {"joint_custom_pre_pass": fusing}
-        return compile_fx(gm, inputs, config_patches=patches)
+        if fusing is None:
+            return compile_fx(gm, inputs, config_patches=patches)
+        patches |= {"joint_custom_pre_pass": fusing}
+        table = decompositions.table()
+        return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 
     from torch._dynamo.backends.common import aot_autograd
 
@@ -253,12 +254,9 @@ def compile_inner(
             graph_module.recompile()
         return graph_module
 
-    backend = aot_autograd(
-        fw_compiler=run_graph,
-        decompositions=select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )
-    return backend(gm, inputs)
+    table = decompositions.table()
+    how = dict(decompositions=table, keep_inference_input_mutations=True)
+    return aot_autograd(fw_compiler=run_graph, **how)(gm, inputs)
 
 
 def will_be_differentiated(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:

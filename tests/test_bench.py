@@ -118,7 +118,7 @@ def test_one_variant(machine):
     (["--model", "huge"], "There is no 'huge'"),
     (["--tokens", "1,x"], "positive numbers"), (["--tokens", "0"], "positive numbers"),
     (["--from", "absent.json"], "absent.json"),
-    (["--e2e", "--against", "x.json"], "no fusions, --tokens, --limits or --against"),
+    (["--e2e", "--against", "x.json"], "no fusions, --tokens or --against"),
 ])  # fmt: skip
 def test_what_is_refused(machine, arguments, says):
     result = run(*arguments)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from dsv4fuse import catalog
 from dsv4fuse.__main__ import app
-from dsv4fuse.bench import counters, fusions, limits, ncu
+from dsv4fuse.bench import counters, fusions, limits, ncu, ncu_steps
+from dsv4fuse.bench.steps import Step
 from dsv4fuse.fusion import registry
 
 MADE_ON = {"gpu": "a GPU", "capability": [9, 0], "torch": "2", "triton": "3", "date": "today"}
@@ -51,7 +52,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(ncu, "environment", lambda: MADE_ON)
+    for module in (ncu, ncu_steps):
+        monkeypatch.setattr(module, "environment", lambda: MADE_ON)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
 
@@ -250,7 +252,7 @@ def test_without_ncu(machine, tmp_path):
     (["--limits", "folder"], "--limits takes a FILE.json"),
     (["--limits", "x.json", "--json", "y"], "no --json, --plot, --from or --against"),
     (["--limits", "x.json", "--from", "y.json"], "no --json, --plot, --from or --against"),
-    (["--limits", "x.json", "--e2e"], "it takes no fusions, --tokens, --limits"),
+    (["--limits", "x.json", "--e2e", "--json", "y"], "and no --regional, --ways, --json"),
     (["--limits", "x.json", "nope"], "There is no 'nope' here"),
 ])  # fmt: skip
 def test_what_is_refused(machine, more, says):
@@ -270,6 +272,82 @@ def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run("--limits", "x.json")
     assert result.exit_code == 2 and "There is no GPU here" in result.stderr
+
+
+# A step of a whole model -------------------------------------------------------------------------
+
+
+def test_launches_alike_are_joined():
+    alike = [limits.Kernel("a", us, 64, 128) for us in (10.0, 30.0, 20.0)]
+    found = limits.joined([limits.Kernel("b", 50.0, 1, 1), *alike])
+    assert [(k.name, k.us, k.launches, k.total) for k in found] == [
+        ("a", 30.0, 3, 60.0), ("b", 50.0, 1, 50.0),
+    ]  # fmt: skip
+
+
+def test_a_step_is_profiled(machine, tmp_path):
+    """Ours and what multiplies; Inductor's pointwise kernels bear the names of products too."""
+    other = PAGE.replace("row 0", "row 9").replace("row 1", "row 0")
+    calls = machine(f"file.write_text({other.replace('fused_add_0', 'fused_bmm_0')!r})")
+    file = tmp_path / "limits.json"
+    result = run("--e2e", "--model", "hf", "--prefill", "--layers", 4, "--limits", file)
+    assert result.exit_code == 0, result.output
+    assert "prefill of hf (size flash, layers 4, experts 32" in result.stdout
+    (row,), _ = limits.load(file)
+    assert (row.fusion, row.variant, row.tokens) == ("hf", "prefill", 2048)
+    (kernel,) = row.kernels
+    assert (kernel.name, kernel.limit, kernel.launches) == ("norm_quant_kernel", "memory", 1)
+    (given,) = calls()
+    step, options = json.loads(given[-1])
+    assert given[-3:-1] == ["-m", "dsv4fuse.bench.ncu_steps"] and options == {}
+    assert step["given"] | {"layers": 4, "decode": False, "device": "cuda"} == step["given"]
+    (only,) = (g for g in given if g.startswith("regex:"))
+    assert {"nvjet", "norm_quant_kernel"} <= set(only.removeprefix("regex:").split("|"))
+
+
+def test_a_step_that_cannot_run_is_said(machine, tmp_path):
+    machine("print('dsv4fuse row 0: out of memory')")
+    file = tmp_path / "limits.json"
+    result = run("--e2e", "--model", "plain", "--decode", "--limits", file)
+    assert result.exit_code == 1 and "plain decode: out of memory." in result.stderr
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--limits", "x"], "takes a FILE.json"),
+    (["--limits", "x.json", "--regional"], "no --regional"),
+    (["--limits", "x.json", "--options", "{"], "is not JSON"),
+    (["--limits", "x.json", "--options", '{"nope": 1}'], "nope"),
+    (["--limits", "x.json", "--model", "no_such:thing"], "no_such"),
+])  # fmt: skip
+def test_what_a_step_is_refused(machine, more, says):
+    machine("")
+    result = run("--e2e", *more)
+    assert result.exit_code == 2 and says in result.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_child_shows_the_profiler_one_step(monkeypatch, capsys, fails):
+    seen = []
+
+    def model(x):
+        seen.append(x)
+        return x
+
+    def build(factory, **given):
+        assert (factory, given) == ("examples.models:hf", {"size": "tiny"})
+        if fails:
+            raise RuntimeError("no room")
+        return model, (1,), {}
+
+    monkeypatch.setattr(ncu_steps, "build", build)
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", nullcontext)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: nullcontext(seen.append(name)))
+    ncu_steps.child(Step("hf", "prefill", {"size": "tiny"}), {})
+    assert seen == ([] if fails else [1, 1, 1, "dsv4fuse row 0", 1])
+    assert capsys.readouterr().out == "dsv4fuse row 0: no room\n" * fails
 
 
 # The process that is profiled --------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsv4fuse
-from dsv4fuse import compat, pipeline, trace
+from dsv4fuse import compat, decompositions, pipeline, trace
 from dsv4fuse.bench import stopwatch
 from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.options import Options
@@ -99,6 +99,24 @@ def test_the_hook_gets_functional_aten_before_inductors_passes(inductor):
     assert mutating == [aten.copy_.default]
 
 
+@pytest.mark.parametrize("shapes", [((2, 3, 1), (2, 1, 4)), ((2, 3, 2), (2, 2, 4))])
+@pytest.mark.parametrize("theirs", [True, False], ids=["torch's", "older"])
+def test_an_outer_product_is_pointwise(monkeypatch, shapes, theirs):
+    """In every version; a product of more stays what it is."""
+    if not theirs:
+        monkeypatch.setattr(decompositions, "outer_products_are_pointwise", lambda: False)
+    a, b = (torch.randn(shape) for shape in shapes)
+    graph = make_fx(torch.bmm, decompositions.table())(a, b)
+    called = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+    assert (torch.ops.aten.bmm.default in called) == (shapes[0][2] > 1)
+    found = graph(a, b)
+    assert torch.equal(found, torch.bmm(a, b)) and found.is_contiguous()
+
+
+def test_outer_products_by_version():
+    assert decompositions.outer_products_are_pointwise() == (VERSION >= (2, 12))
+
+
 @pytest.mark.slow
 def test_nodes_know_their_module_and_their_line(inductor):
     spy = _hooked(lambda spy: spy)
@@ -173,7 +191,7 @@ def test_what_writes_nothing_is_traced_as_if_made_functional(monkeypatch):
         short.append(traced(fn, inputs))
         with FakeTensorMode():
             fakes = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
-            made = make_fx(compat.dispatch_functionalize(fn), compat.select_decomp_table())
+            made = make_fx(compat.dispatch_functionalize(fn), decompositions.table())
             long.append(made(*fakes).graph)
         return short[-1]
 

@@ -8,7 +8,7 @@ import torch.fx.experimental.proxy_tensor as proxies
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from dsv4fuse import Report, backend, compat, options, pipeline, select
+from dsv4fuse import Report, backend, compat, decompositions, options, pipeline, select
 from dsv4fuse.fusion import Candidate, registry
 
 from .spellings._case import Case
@@ -31,11 +31,9 @@ def reports(
         return gm
 
     from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
 
-    compiler = aot_autograd(
-        fw_compiler=run, decompositions=select_decomp_table(), keep_inference_input_mutations=True
-    )
+    how = dict(decompositions=decompositions.table(), keep_inference_input_mutations=True)
+    compiler = aot_autograd(fw_compiler=run, **how)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
                  for t in inputs]  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from dsv4fuse import maps
+from dsv4fuse import decompositions, maps
 from dsv4fuse.fusion import Scene  # importing it registers what views mean
 from dsv4fuse.lower import Lowering
 from dsv4fuse.maps import Map, Size
@@ -71,7 +70,7 @@ def _symbolic(x: Tensor) -> Tensor:
 def check(fn: Step, traced: Tensor, run: Tensor, symbolic: bool) -> bool:
     """Compares ``fn`` of the input with its map; does the map reach the input itself?"""
     sample = _symbolic(traced) if symbolic else traced
-    gm = make_fx(dispatch_functionalize(fn), select_decomp_table())(sample)
+    gm = make_fx(dispatch_functionalize(fn), decompositions.table())(sample)
     low = Lowering()
     output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     term = low.term(output)
@@ -328,7 +327,7 @@ FIRST: dict[str, Step] = {
 def test_the_first_lanes_of_a_join(name):
     """Lane by lane, what the term names is what the graph computes, and nothing else."""
     x = torch.arange(48).view(4, 12)
-    gm = make_fx(dispatch_functionalize(FIRST[name]), select_decomp_table())(x)
+    gm = make_fx(dispatch_functionalize(FIRST[name]), decompositions.table())(x)
     runner = Values(gm)
     runner.run(x)
     output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
@@ -375,7 +374,7 @@ def _length(t: Term, default: int) -> int:
 @pytest.mark.parametrize("start, step, size", [(0, 1, 5), (-7, 1, 8), (3, 4, 6)])
 def test_an_iota_is_a_number_of_its_coordinate(start, step, size):
     fn = lambda x: torch.arange(start, start + step * size, step)[1:].view(-1, 1)  # noqa: E731
-    gm = make_fx(dispatch_functionalize(fn), select_decomp_table())(torch.zeros(1))
+    gm = make_fx(dispatch_functionalize(fn), decompositions.table())(torch.zeros(1))
     output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     term = Lowering().term(output)
     assert term.op == "coord"

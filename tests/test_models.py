@@ -157,7 +157,9 @@ def test_transformers_prefill(made, tmp_path):
         return  # not a model that runs, with or without dsv4fuse
     wanted = unfused(model)(tokens, use_cache=False).logits
     kinds = [OURS[kind] for kind in model.config.layer_types]
-    found = fused(model, kinds, dtype)(tokens, use_cache=False).logits
+    # Experts that are elsewhere, where a router chose by top-k; a hash router's are of any range.
+    more = {"known_range": model.config.mlp_layer_types.count("moe")}
+    found = fused(model, kinds, dtype, more=more)(tokens, use_cache=False).logits
     report = Report.of(model)
     if dtype == torch.bfloat16:
         as_near(found, eager, copy.deepcopy(model).float()(tokens, use_cache=False).logits)
@@ -167,7 +169,8 @@ def test_transformers_prefill(made, tmp_path):
     same(found, wanted, dtype)
     assert error(found.float(), eager.float()) < NEAR[dtype]
     assert report.graphs == 1 and not report.breaks
-    assert all("modeling_deepseek_v4.py" in site.where for site in report.sites)
+    places = ("modeling_deepseek_v4.py", "integrations/moe.py")
+    assert all(any(p in site.where for p in places) for site in report.sites)
 
 
 @pytest.mark.slow

@@ -16,19 +16,21 @@ from dsv4fuse import replay
 def test_how_many_calls_a_graph_has(monkeypatch, once, count, graphs, warm):
     asked = []
 
-    def of(call, calls, graphs=1, warm=0.0):
-        asked.append((calls, graphs, warm))
+    def of(calls, count, warm=0.0):
+        asked.append((count, len(calls), warm))
         return [once + 3.0, once]
 
     monkeypatch.setattr(replay, "of", of)
-    found = replay.times(lambda: None, span=1000.0, most=100, graphs=3, warm=7.0)
+    found = replay.times(
+        lambda: None, span=1000.0, most=100, others=lambda: [lambda: None] * 2, warm=7.0
+    )
     assert found == [once + 3.0, once] and asked == [(1, 1, 0.0), (count, graphs, warm)]
 
 
 @pytest.mark.gpu
 def test_each_graph_has_results_of_its_own():
     a, places = torch.zeros(1 << 20, device="cuda"), []
-    found = replay.of(lambda: places.append((a + 1).data_ptr()), 4, graphs=3)
+    found = replay.of([lambda: places.append((a + 1).data_ptr())] * 3, 4)
     assert len(found) == 9 and len(set(places[1:])) >= 3
 
 
@@ -36,8 +38,15 @@ def test_each_graph_has_results_of_its_own():
 def test_what_is_warm_does_not_count():
     a = torch.zeros(1 << 26, device="cuda")
     started = time.perf_counter()
-    assert len(replay.of(lambda: a.add_(1), 10, warm=0.2e6)) == 9
+    assert len(replay.of([lambda: a.add_(1)], 10, warm=0.2e6)) == 9
     assert time.perf_counter() - started > 0.2
+
+
+@pytest.mark.gpu
+def test_each_graph_is_replayed_as_often():
+    a, b = (torch.zeros(4, device="cuda") for _ in range(2))
+    found = replay.of([lambda: a.add_(1), lambda: b.add_(1)], 3)
+    assert len(found) == 10 and torch.equal(a, b) and a[0] == 1 + 3 + 5 * 3
 
 
 @pytest.mark.gpu

@@ -10,15 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv4fuse.factory import FactoryError, arguments, build, parse_options
+from dsv4fuse.bench.steps import SHORT, steps
+from dsv4fuse.factory import FactoryError, build, parse_options
 from dsv4fuse.options import OptionError
 from dsv4fuse.terminal import fail, progress
-
-SHORT = {"hf": "examples.models:hf", "plain": "examples.models:plain"}
-# What a model is asked for where nobody says otherwise: where there is no GPU, and on one.
-TINY = {"size": "tiny", "layers": 4, "experts": 8, "batch": 2, "length": 48}
-FLASH = {"size": "flash", "layers": 4, "experts": 32, "batch": 1, "length": 2048}
-FLASH_DECODE = FLASH | {"batch": 4, "length": 512}
 
 _MODEL = (
     "flash, pro, pro-tp8: the sizes of single fusions (flash if none; with --from all). With "
@@ -113,9 +108,13 @@ def bench(
             fail("--limits takes a FILE.json, and no --json, --plot, --from or --against.", 2)
         _fusions(fusions or [], model or [], tokens, json_path, plot, measured, workers, limits,
                  against)  # fmt: skip
-    elif fusions or tokens or limits or against:
-        fail("--e2e measures whole models: it takes no fusions, --tokens, --limits "
-             "or --against.", 2)  # fmt: skip
+    elif fusions or tokens or against:
+        fail("--e2e measures whole models: it takes no fusions, --tokens or --against.", 2)
+    elif limits:
+        if regional or ways or json_path or plot or measured or not limits.endswith(".json"):
+            fail("--limits takes a FILE.json, and no --regional, --ways, --json, --plot or "
+                 "--from.", 2)  # fmt: skip
+        _step_limits(model or list(SHORT), asked, options, pathlib.Path(limits))
     else:
         measuring = functools.partial(_measured, asked=asked, regional=regional, ways=ways,
                                       options=options)  # fmt: skip
@@ -166,6 +165,27 @@ def _fusions(
         _draw(pictures.draw, rows, made_on, plot)
     if against:
         fusions_against.show(rows, older)
+    if wrong:
+        fail("\n".join(wrong), 1)
+
+
+def _step_limits(
+    names: list[str], asked: dict[str, Any], options: str, file: pathlib.Path
+) -> None:
+    import torch
+
+    from dsv4fuse.bench import ncu, ncu_steps
+
+    if not torch.cuda.is_available():
+        fail("There is no GPU here whose counters could be read.", 2)
+    try:
+        found, given = steps(names, asked, True), parse_options(options or "{}")
+        with progress() as advance:
+            wrong = ncu_steps.run(found, given, file, advance)
+    except (FactoryError, OptionError) as error:
+        fail(str(error), 2)
+    except (ncu.NcuError, OSError, ValueError) as error:
+        fail(f"--limits {str(file)!r}: {error}", 2)
     if wrong:
         fail("\n".join(wrong), 1)
 
@@ -258,29 +278,13 @@ def _measured(
     if not gpu and "inductor" not in chosen:
         given["inner"] = "eager"
     given |= parse_options(options or "{}")
-    plans = [(m, *plan) for m in names for plan in _steps(SHORT.get(m, m), asked, gpu)]
+    plans = steps(names, asked, gpu)
     with warnings.catch_warnings(), progress() as advance:
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_")
-        for name, step, sizes in plans:
-            shown = {k: v for k, v in sizes.items() if k not in ("decode", "device")}
-
-            def show(way: str, what: str = f"{name} {step}") -> None:
+        for step in plans:
+            def show(way: str, what: str = f"{step.model} {step.name}") -> None:
                 advance(f"{what}, {way}", len(plans) * len(chosen))
 
-            make = functools.partial(build, SHORT.get(name, name), **sizes)
-            yield models.run(make, chosen, given, show, regional, model=name, step=step,
-                             sizes=shown)  # fmt: skip
-
-
-def _steps(factory: str, asked: dict[str, Any], gpu: bool) -> list[tuple[str, dict[str, Any]]]:
-    """The steps to measure of a model, and what its factory is given for each."""
-    wanted = [asked["decode"]] if "decode" in asked else [False, True]
-    found = []
-    for decode in wanted:
-        usual = (FLASH_DECODE if decode else FLASH) if gpu else TINY
-        usual = usual | {"device": "cuda" if gpu else "cpu", "decode": decode}
-        sizes = arguments(factory, asked, usual)
-        if "decode" not in sizes:
-            return [("", sizes)]
-        found.append(("decode" if decode else "prefill", sizes))
-    return found
+            make = functools.partial(build, step.factory, **step.given)
+            yield models.run(make, chosen, given, show, regional, model=step.model, step=step.name,
+                             sizes=step.sizes)  # fmt: skip

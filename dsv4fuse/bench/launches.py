@@ -55,6 +55,12 @@ def family(name: str) -> str:
     return next((f for f, words in _WORDS.items() if any(w in name for w in words)), "other")
 
 
+def multiplying_or_ours() -> frozenset[str]:
+    """Words of which one is in the name of each matrix product's kernel and of each of ours."""
+    operations = {word for word in _WORDS[MATRIX] if word.startswith("aten::")}
+    return kernel_names() | {*_WORDS[MATRIX], "triton_tem"} - operations
+
+
 def families(kernels: Mapping[str, Figures]) -> dict[str, Figures]:
     """The sums of each family, the slowest first."""
     return _summed((family(name), figures) for name, figures in kernels.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4fuse.bench import machine
@@ -33,6 +33,7 @@ class Kernel:
     over the kernel's whole time and all multiprocessors. ``occupancy``: warps on multiprocessors
     that have any, percent of what they can hold. ``stalls``: the two reasons, in Nsight Compute's
     words, for which warps wait longest, in percent of the time between two instructions of a warp.
+    ``launches``: of how many alike it is the longest, and their ``total`` in µs.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Kernel:
     occupancy: float | None = None
     stalls: tuple[tuple[str, float], ...] = ()
     limit: str = ""
+    launches: int = 1
+    total: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ def limit(kernel: Kernel, multiprocessors: int) -> str:
     waits = f"; waits for {kernel.stalls[0][0]}" if kernel.stalls else ""
     grid = f"grid of {kernel.programs} programs on {multiprocessors} multiprocessors"
     return f"latency ({grid}{held}{waits})"
+
+
+def joined(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Of each name the longest launch, with how many there are; those with the most time first."""
+    alike: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        alike.setdefault(kernel.name, []).append(kernel)
+    found = []
+    for own in alike.values():
+        longest, total = max(own, key=lambda k: k.us), sum(k.us for k in own)
+        found.append(replace(longest, launches=len(own), total=total))
+    return sorted(found, key=lambda k: -k.total)
 
 
 def cells(kernel: Kernel) -> dict[str, str]:

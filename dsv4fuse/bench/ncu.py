@@ -1,9 +1,10 @@
 """``bench --limits``: Nsight Compute (``ncu``) over one call of ours for each row.
 
-``ncu`` runs a child for some rows. It calls what it compiled of each a few times, and once more
-between cudaProfilerStart and cudaProfilerStop, inside of an NVTX range with the row's number:
-nothing else is counted, and ``ncu`` says of each launch in which range it was. A launch is repeated
-for as many passes as its counters need. Clocks and caches are left alone, as in the benchmark.
+``ncu`` runs a child for some rows (for a step of a whole model, ``ncu_steps``). It calls what it
+compiled of each a few times, and once more between cudaProfilerStart and cudaProfilerStop, inside
+of an NVTX range with the row's number: nothing else is counted, and ``ncu`` says of each launch in
+which range it was. A launch is repeated for as many passes as its counters need. Clocks and caches
+are left alone, as in the benchmark.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def run(
     for group in groups:
         progress(f"{len(group)} rows from {group[0][0]} on", steps)
         try:
-            text, failed = _counted(ncu, metrics, group)
+            call = ["-m", "dsv4fuse.bench.ncu", json.dumps(list(group))]
+            text, failed = counted(ncu, metrics, call, len(group))
         except NcuError as error:
             if not rows:  # nor will it count what comes next
                 raise
@@ -108,16 +110,20 @@ def _show(rows: Sequence[Row]) -> None:
         table_console().print(table)
 
 
-def _counted(ncu: str, metrics: list[str], sites: Sequence[Site]) -> tuple[str, dict[int, str]]:
-    """What ``ncu`` printed, and for each row why it may not be in there. It ends at a metric that
-    it does not know; that one is taken out of ``metrics``, and ``ncu`` run again."""
+def counted(
+    ncu: str, metrics: list[str], call: Sequence[str], rows: int, only: str = ""
+) -> tuple[str, dict[int, str]]:
+    """What ``ncu`` printed of this call of Python, and for each of its rows why it may not be in
+    there. It ends at a metric that it does not know; that one is taken out of ``metrics``, and
+    ``ncu`` run again. ``only`` the kernels in whose full names this is found, a pattern."""
+    chosen = ["--kernel-name-base", "demangled", "--kernel-name", f"regex:{only}"] if only else []
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "ncu.csv"
         while True:
             file.unlink(missing_ok=True)
             done = subprocess.run(
-                [ncu, *FLAGS, "--metrics", ",".join(metrics), "--log-file", str(file),
-                 sys.executable, "-m", "dsv4fuse.bench.ncu", json.dumps(list(sites))],
+                [ncu, *FLAGS, *chosen, "--metrics", ",".join(metrics), "--log-file", str(file),
+                 sys.executable, *call],
                 capture_output=True, text=True,
             )  # fmt: skip
             text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
@@ -137,9 +143,9 @@ def _counted(ncu: str, metrics: list[str], sites: Sequence[Site]) -> tuple[str, 
         errors = done.stderr.splitlines()[-1:]
     why = " ".join(errors).rstrip(".") or "ncu saw no kernel of it"
     own = re.findall(rf"^{counters.RANGE} (\d+): (.*)$", done.stdout, re.MULTILINE)
-    if '"ID"' not in text and len(own) < len(sites):
+    if '"ID"' not in text and len(own) < rows:
         raise NcuError(f"Nsight Compute counted nothing: {why}")
-    return text, dict.fromkeys(range(len(sites)), why) | {int(n): reason for n, reason in own}
+    return text, dict.fromkeys(range(rows), why) | {int(n): reason for n, reason in own}
 
 
 def child(sites: Sequence[Site]) -> None:
@@ -150,18 +156,23 @@ def child(sites: Sequence[Site]) -> None:
         try:
             made = fusions.example(*site)
             ours, _ = fusions.both_ways(site[0], made)
-            with torch.no_grad():
-                for _ in range(WARM_UP):
-                    ours(*made.inputs)
-                torch.cuda.synchronize()
-                within = torch.cuda.nvtx.range(f"{counters.RANGE} {number}")
-                with torch.cuda.profiler.profile(), within:
-                    ours(*made.inputs)
-                    torch.cuda.synchronize()
+            show(lambda: ours(*made.inputs), number)  # noqa: B023
         except Exception as error:
             print(f"{counters.RANGE} {number}: {said(error)}", flush=True)
         made = ours = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def show(call: Callable[[], object], number: int) -> None:
+    """To the profiler, behind some that it does not see: one call, as the row of a number."""
+    for _ in range(WARM_UP):
+        call()
+    torch.cuda.synchronize()
+    within = torch.cuda.nvtx.range(f"{counters.RANGE} {number}")
+    with torch.cuda.profiler.profile(), within:
+        call()
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch._aot_autograd import functional_utils as functional
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dsv4fuse import exact
+from dsv4fuse import decompositions, exact
 
 from .._same import copied, difference
 
-_TABLE = select_decomp_table()
+_TABLE = decompositions.table()
 
 
 def traced(
