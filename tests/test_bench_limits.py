@@ -343,6 +343,7 @@ def test_the_child_shows_the_profiler_one_step(monkeypatch, capsys, fails):
     monkeypatch.setattr(ncu_steps, "build", build)
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda.profiler, "profile", nullcontext)
     monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: nullcontext(seen.append(name)))
     ncu_steps.child(Step("hf", "prefill", {"size": "tiny"}), {})

@@ -169,6 +169,7 @@ def show(call: Callable[[], object], number: int) -> None:
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # before it repeats a launch it saves all memory of the process
     within = torch.cuda.nvtx.range(f"{counters.RANGE} {number}")
     with torch.cuda.profiler.profile(), within:
         call()

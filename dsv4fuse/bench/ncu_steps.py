@@ -37,7 +37,7 @@ def run(
         limits.load(path)
     count = torch.cuda.get_device_properties(0).multi_processor_count
     made_on = {**environment(), "multiprocessors": count}
-    only, metrics = "|".join(sorted(launches.multiplying_or_ours())), list(counters.METRICS)
+    only, metrics = "|".join(sorted(launches.multiplying_or_ours())), list(counters.UNITS)
     for step in steps:
         progress(f"{step.model} {step.name}", len(steps))
         call = ["-m", "dsv4fuse.bench.ncu_steps", json.dumps([dataclasses.asdict(step), options])]
