@@ -25,6 +25,8 @@ from dsv4fuse.select import AS_FAST, CLEAR, measured
 MODELS = "examples/results/sites.json"  # of a checkout; a wheel has none
 STEPS = "examples/results/*_flash_*.json"
 LIMITS = "kernels/limits.json"
+STEP_LIMITS = "examples/results/*_limits.json"
+LONGEST = 10  # kernels of a step in the table of docs/speed.md
 SHOWN = (1, 64, 1024, 8192)  # numbers of tokens in the tables of docs/speed.md
 VERSIONS = "tests/versions.json"
 GENERATED = "tests/generated.json"
@@ -161,6 +163,22 @@ def limits_table(root: pathlib.Path) -> str:
     return _table(titles, rows) if rows else "No profile is kept yet."
 
 
+def step_limits_table(root: pathlib.Path) -> str:
+    """Of profiled steps of whole models the launches that take the most time, joined by name."""
+    columns = ("limit", "DRAM %", "L2 %", "L1 %", "tensor %")
+    rows = []
+    for file in sorted(root.glob(STEP_LIMITS)):
+        for row in limits.load(file)[0]:
+            total = sum(k.total for k in row.kernels)
+            for k in row.kernels[:LONGEST]:
+                cells = limits.cells(k)
+                share = f"{100 * k.total / total:.0f}"
+                of = (f"{row.variant} of {row.fusion}", f"`{k.name}`", str(k.launches), share)
+                rows.append((*of, cells["µs"], *(cells[title] for title in columns)))
+    titles = ("", "kernel", "launches", "% of the time", "µs of the longest", *columns)
+    return _table(titles, rows) if rows else "No profile is kept yet."
+
+
 def steps_table(root: pathlib.Path) -> str:
     """Of every step of a whole model that was measured on a GPU: the ways it was run in."""
     titles = ("", "", "ms", "under CUDA graphs", "launches", "compiling, s")
@@ -227,6 +245,7 @@ TABLES: Mapping[str, Callable[[pathlib.Path], str]] = {
     "times": times_table,
     "limits": limits_table,
     "steps": steps_table,
+    "step_limits": step_limits_table,
     "ops": ops_table,
     "versions": versions_table,
     "generated": generated_table,

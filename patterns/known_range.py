@@ -33,8 +33,7 @@ COMPARISONS: dict[Any, Callable[[int, float], bool]] = {
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # Each value of theirs is one of their first argument's.
 CHOSEN = (VIEWS - {operator.getitem, aten.as_strided.default}) | {
-    aten.clone.default, aten.index.Tensor, aten.gather.default, aten.index_select.default,
-    aten.flip.default,
+    aten.clone.default, aten.index.Tensor, aten.gather.default, prims.rev.default,
 }  # fmt: skip
 
 

@@ -305,6 +305,18 @@ def test_a_step_is_profiled(machine, tmp_path):
     assert {"nvjet", "norm_quant_kernel"} <= set(only.removeprefix("regex:").split("|"))
 
 
+def test_the_table_of_steps(tmp_path):
+    """The launches with the most time, in percent of that of all that were profiled."""
+    assert catalog.step_limits_table(tmp_path) == "No profile is kept yet."
+    many = [limits.Kernel(f"k{i}", 2.0**i, 1, 1, limit="memory", dram=88.0) for i in range(12)]
+    own = limits.joined([*many, limits.Kernel("k11", 1.0, 1, 1)])
+    row = limits.Row("hf", "decode", "size flash", 4, tuple(own), "today")
+    limits.save([row], tmp_path / "examples" / "results" / "hf_limits.json", MADE_ON)
+    lines = catalog.step_limits_table(tmp_path).splitlines()
+    assert len(lines) == 2 + 10
+    assert lines[2].startswith("| decode of hf | `k11` | 2 | 50 | 2048.00 | memory | 88 |")
+
+
 def test_a_step_that_cannot_run_is_said(machine, tmp_path):
     machine("print('dsv4fuse row 0: out of memory')")
     file = tmp_path / "limits.json"

@@ -57,8 +57,8 @@ def family(name: str) -> str:
 
 def multiplying_or_ours() -> frozenset[str]:
     """Words of which one is in the name of each matrix product's kernel and of each of ours."""
-    operations = {word for word in _WORDS[MATRIX] if word.startswith("aten::")}
-    return kernel_names() | {*_WORDS[MATRIX], "triton_tem"} - operations
+    products = {word for word in _WORDS[MATRIX] if not word.startswith("aten::")} | {"triton_tem"}
+    return products | {name for name in kernel_names() if name.endswith("_kernel")}
 
 
 def families(kernels: Mapping[str, Figures]) -> dict[str, Figures]:

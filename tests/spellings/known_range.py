@@ -55,6 +55,8 @@ SPELLINGS: dict[str, Case] = {
     "argmin of all": _case(lambda s, x: _none(s.argmin(), x, ROWS * N)),
     "cast": _case(lambda s, x: _none(chosen(s).int(), x)),
     "chosen again": _case(lambda s, x: _none(chosen(s).gather(1, s.argsort(-1)[:, :1] % K), x)),
+    "turned round": _case(lambda s, x: _none(chosen(s).flip(-1), x)),
+    "selected": _case(lambda s, x: _none(chosen(s).index_select(1, torch.arange(3)), x[:, :3])),
     "indexed": _case(lambda s, x: _none(chosen(s)[torch.arange(ROWS - 1, -1, -1)], x)),
 }
 
