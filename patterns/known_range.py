@@ -26,7 +26,7 @@ from dsv4fuse.views import VIEWS, argument
 aten, prims = torch.ops.aten, torch.ops.prims
 SORTS = (aten.sort.default, aten.sort.stable)
 INLINED = 512  # entries that Inductor sorts in a kernel of its own, among other things
-COMPARISONS: dict[Any, Callable[[int, float], bool]] = {
+COMPARISONS: dict[Any, Callable[[int, int], bool]] = {
     aten.ge.Scalar: operator.ge, aten.gt.Scalar: operator.gt,
     aten.le.Scalar: operator.le, aten.lt.Scalar: operator.lt,
 }  # fmt: skip
@@ -84,7 +84,7 @@ def _size(node: Any, dim: int | None) -> int | None:
 def _compared(node: fx.Node, count: int) -> Candidate | None:
     """A comparison that has the same answer for all of the values."""
     source, number = node.args
-    if not isinstance(number, int | float):
+    if not isinstance(number, int):  # with a float integers are compared as fp32
         return None
     least, most = (COMPARISONS[node.target](v, number) for v in (0, count - 1))
     if least != most:

@@ -57,8 +57,9 @@ def family(name: str) -> str:
 
 def multiplying_or_ours() -> frozenset[str]:
     """Words of which one is in the name of each matrix product's kernel and of each of ours."""
-    products = {word for word in _WORDS[MATRIX] if not word.startswith("aten::")} | {"triton_tem"}
-    return products | {name for name in kernel_names() if name.endswith("_kernel")}
+    products = {word for word in _WORDS[MATRIX] if not word.startswith("aten::")}
+    ours = {name for name in kernel_names() if name.endswith("_kernel")}
+    return frozenset({*products, "triton_tem", *ours})
 
 
 def families(kernels: Mapping[str, Figures]) -> dict[str, Figures]:

@@ -55,8 +55,9 @@ def run(
 
 def _row(step: Step, kernels: Sequence[limits.Kernel], date: str) -> Row:
     sizes = dict(step.sizes)
-    tokens = sizes.get("batch", 1) * (1 if step.name == "decode" else sizes.get("length", 1))
+    length = sizes.get("new", 1) if step.name == "decode" else sizes.get("length", 1)
     model = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    tokens = sizes.get("batch", 1) * length
     return Row(step.model, step.name, model, tokens, tuple(kernels), date)
 
 
