@@ -92,13 +92,17 @@ def same(found, wanted, dtype):
         assert error(found, wanted) < NEAR[dtype]
 
 
-def few_turned(found, wanted, dtype):
+def few_turned(found, wanted, dtype, eager=None):
     """In bf16 a sum in another order (the mixes of hyper-connections, attention) turns a last bit
-    here and there: in 1 % of the values, by no more than two steps at a row's largest."""
+    here and there: in 1 % of the values, by no more than two steps at a row's largest.
+
+    With ``eager``, 1 % of its values or of ``wanted``'s: torch's own two ways to compute a model
+    differ in more, where a bit turns that a cache keeps (torch 2.11, some CPUs)."""
     if dtype != torch.bfloat16:
         return same(found, wanted, dtype)
     off, largest = (found - wanted).abs().float(), wanted.abs().float().amax(-1, keepdim=True)
-    assert (off > 0).float().mean() <= 0.01
+    ways = (wanted,) if eager is None else (wanted, eager)
+    assert min((found != way).float().mean() for way in ways) <= 0.01
     assert (off <= 2 * torch.finfo(dtype).eps * largest).all()
 
 
@@ -235,8 +239,9 @@ def test_plain_model_prefill_and_decode(dtype):
     kinds = ours.config.layers
     found = roll(fused(ours.prefill, kinds, dtype), fused(ours.decode, kinds, dtype, True))
     wanted = roll(unfused(bare.prefill), unfused(bare.decode))
-    few_turned(found, wanted, dtype)
-    assert error(found.float(), roll(eager.prefill, eager.decode).float()) < NEAR[dtype]
+    usual = roll(eager.prefill, eager.decode)
+    few_turned(found, wanted, dtype, usual)
+    assert error(found.float(), usual.float()) < NEAR[dtype]
     counts = Counter(expected(kinds, dtype)) + Counter(expected(kinds, dtype, decode=True))
     assert Report.of(ours).counts() == dict(counts)
 
@@ -245,7 +250,8 @@ def test_plain_model_prefill_and_decode(dtype):
     for name, cache in caches(ours).items():
         # The spare last row takes what must not be kept, in any order.
         assert left[name].any(), f"{name} was never written"
-        few_turned(cache[:, :-1], left[name][:, :-1], dtype)
+        ways = (left[name][:, :-1], caches(eager)[name][:, :-1])
+        few_turned(cache[:, :-1], ways[0], dtype, ways[1])
 
 
 @pytest.mark.slow

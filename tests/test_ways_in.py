@@ -136,7 +136,7 @@ def test_a_mode_of_torch_compile_reaches_inductor(monkeypatch):
 
     patches = {}
 
-    def spy(gm, inputs, config_patches):
+    def spy(gm, inputs, config_patches, decompositions):
         patches[mode] = config_patches
         return gm
 
