@@ -107,6 +107,7 @@ def test_two_ranks_compute_what_one_does(checkout, tmp_path):
     two_ranks(checkout, tmp_path, "parallel", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     counts = expected(["csa"], torch.float32, decode=True)
+    counts["known_range"] = 1  # no expert is below the first rank's, none above the last one's
     assert first["taken"] == second["taken"] == {name: n for name, n in counts.items() if n}
     assert max(*first["errors"], *second["errors"]) < NEAR
 
