@@ -243,7 +243,7 @@ def compile_inner(
         if fusing is None:
             return compile_fx(gm, inputs, config_patches=patches)
         patches |= {"joint_custom_pre_pass": fusing}
-        table = decompositions.table()
+        table = decompositions.other()
         return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 
     from torch._dynamo.backends.common import aot_autograd

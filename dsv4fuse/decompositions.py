@@ -24,6 +24,12 @@ def table() -> dict[Any, Callable[..., Any]]:
     return theirs if outer_products_are_pointwise() else theirs | {bmm: _bmm}
 
 
+def other() -> dict[Any, Callable[..., Any]] | None:
+    """The table where it is not Inductor's own, which it is not given: then torch 2.13 has no cache
+    from one process to the next."""
+    return None if outer_products_are_pointwise() else table()
+
+
 @functools.cache
 def outer_products_are_pointwise() -> bool:
     """By this torch's own decompositions."""
