@@ -94,17 +94,13 @@ def same(found, wanted, dtype):
         assert error(found, wanted) < NEAR[dtype]
 
 
-def few_turned(found, wanted, dtype, eager=None):
+def few_turned(found, wanted, dtype):
     """In bf16 a sum in another order (the mixes of hyper-connections, attention) turns a last bit
-    here and there: in 1 % of the values, by no more than two steps at a row's largest.
-
-    With ``eager``, 1 % of its values or of ``wanted``'s: torch's own two ways to compute a model
-    differ in more, where a bit turns that a cache keeps (torch 2.11, some CPUs)."""
+    here and there: in 1 % of the values, by no more than two steps at a row's largest."""
     if dtype != torch.bfloat16:
         return same(found, wanted, dtype)
     off, largest = (found - wanted).abs().float(), wanted.abs().float().amax(-1, keepdim=True)
-    ways = (wanted,) if eager is None else (wanted, eager)
-    assert min((found != way).float().mean() for way in ways) <= 0.01
+    assert (off > 0).float().mean() <= 0.01
     assert (off <= 2 * torch.finfo(dtype).eps * largest).all()
 
 
@@ -243,9 +239,8 @@ def test_plain_model_prefill_and_decode(dtype):
     kinds = ours.config.layers
     found = roll(fused(ours.prefill, kinds, dtype), fused(ours.decode, kinds, dtype, True))
     wanted = roll(unfused(bare.prefill), unfused(bare.decode))
-    usual = roll(eager.prefill, eager.decode)
-    few_turned(found, wanted, dtype, usual)
-    assert error(found.float(), usual.float()) < NEAR[dtype]
+    few_turned(found, wanted, dtype)
+    assert error(found.float(), roll(eager.prefill, eager.decode).float()) < NEAR[dtype]
     counts = Counter(expected(kinds, dtype)) + Counter(expected(kinds, dtype, decode=True))
     assert Report.of(ours).counts() == dict(counts)
 
@@ -254,8 +249,7 @@ def test_plain_model_prefill_and_decode(dtype):
     for name, cache in caches(ours).items():
         # The spare last row takes what must not be kept, in any order.
         assert left[name].any(), f"{name} was never written"
-        ways = (left[name][:, :-1], caches(eager)[name][:, :-1])
-        few_turned(cache[:, :-1], ways[0], dtype, ways[1])
+        few_turned(cache[:, :-1], left[name][:, :-1], dtype)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ _STALLS = (
     "math_pipe_throttle membar mio_throttle misc no_instruction not_selected selected "
     "short_scoreboard sleeping tex_throttle wait"
 ).split()
-UNITS = (_TIME, _BYTES, *_PERCENT.values())  # how busy each is: a third of the passes of all
+UNITS = (_TIME, _BYTES, *_PERCENT.values())  # how busy each is, without what warps wait for
 METRICS = (*UNITS, *map(_STALLED.format, _STALLS))
 _US = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3,
        "s": 1e6, "second": 1e6}  # fmt: skip
