@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=("tiny", "flash"), default="tiny")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, help="keep only so many experts")
+    parser.add_argument("--vocab", type=int, help="how many tokens the model knows")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=48, help="tokens of a prompt")
     return parsed(parser)
@@ -72,6 +73,8 @@ def build(args: argparse.Namespace) -> DeepseekV4ForCausalLM:
         sizes: dict[str, Any] = dict(TINY) if args.size == "tiny" else {}
         if args.experts:
             sizes["n_routed_experts"] = args.experts
+        if args.vocab:
+            sizes["vocab_size"] = args.vocab
         kinds = ["sliding_attention"] + [HCA if i % 2 else CSA for i in range(args.layers - 1)]
         sizes |= dict(
             num_hidden_layers=args.layers,

@@ -22,17 +22,19 @@ Made = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 def hf(
     size: str = "tiny", layers: int = 4, experts: int = 8, batch: int = 2, length: int = 48,
-    decode: bool = False, device: str = "cpu",
+    decode: bool = False, vocab: int | None = None, device: str = "cpu",
 ) -> Made:  # fmt: skip
-    """``DeepseekV4ForCausalLM`` of transformers, a decode step on dsv4fuse's static cache."""
+    """``DeepseekV4ForCausalLM`` of transformers, a decode step on dsv4fuse's static cache.
+    ``vocab``: how many tokens it knows, where not as many as its size."""
     from examples import hf_deepseek_v4
 
     if size not in ("tiny", "flash"):
         raise ValueError(f"The sizes of transformers' model here are tiny and flash, not {size}.")
     prepare()
     sizes = argparse.Namespace(
-        model=None, size=size, layers=layers, experts=experts, device=device, dtype=torch.bfloat16
-    )
+        model=None, size=size, layers=layers, experts=experts, vocab=vocab, device=device,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
     model = hf_deepseek_v4.build(sizes)
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=device)
     if not decode:
@@ -42,10 +44,10 @@ def hf(
 
 def hf_prompt(
     size: str = "tiny", layers: int = 4, experts: int = 8, batch: int = 1, length: int = 48,
-    device: str = "cpu",
+    vocab: int | None = None, device: str = "cpu",
 ) -> Made:  # fmt: skip
     """A prefill of ``hf`` as ``generate`` calls it: the last token's logits alone."""
-    model, args, kwargs = hf(size, layers, experts, batch, length, False, device)
+    model, args, kwargs = hf(size, layers, experts, batch, length, False, vocab, device)
     return model, args, {**kwargs, "logits_to_keep": 1}
 
 
@@ -68,11 +70,11 @@ def _hf_decode(model: Any, tokens: Tensor) -> Made:
 
 def plain(
     size: str = "tiny", layers: int = 4, experts: int = 8, batch: int = 2, length: int = 48,
-    decode: bool = False, new: int = 1, device: str = "cpu",
+    decode: bool = False, new: int = 1, vocab: int | None = None, device: str = "cpu",
 ) -> Made:  # fmt: skip
     """The plain model in examples/deepseek_v4; a decode step takes ``new`` tokens."""
     prepare()
-    model = _plain(size, layers, experts, device)
+    model = _plain(size, layers, experts, vocab, device)
     model.allocate(batch, length + new, new)
     tokens = torch.randint(model.config.vocab_size, (batch, length + new), device=device)
     positions = torch.arange(length + new, device=device).expand(batch, -1).contiguous()
@@ -85,11 +87,16 @@ def plain(
     return model.decode, step, {}
 
 
-def _plain(size: str, layers: int, experts: int, device: str) -> Transformer:
+def _plain(
+    size: str, layers: int, experts: int, vocab: int | None, device: str
+) -> Transformer:
     """The first layer's attention is the preset's, then CSA and HCA in turn, as there."""
     config = PRESETS[size]
     kinds = (config.layers[0], *("hca" if i % 2 else "csa" for i in range(layers - 1)))
-    config = dataclasses.replace(config, layers=kinds, n_experts=experts, n_mtp_layers=0)
+    config = dataclasses.replace(
+        config, layers=kinds, n_experts=experts, n_mtp_layers=0,
+        vocab_size=vocab or config.vocab_size,
+    )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):

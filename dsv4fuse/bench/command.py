@@ -18,7 +18,7 @@ from dsv4fuse.terminal import fail, progress
 _MODEL = (
     "flash, pro, pro-tp8: the sizes of single fusions (flash if none; with --from all). With "
     "--e2e: hf, plain (both if none), or package.module:factory as for explain, which is given "
-    "those of --size to --new and device that it has parameters for. May be repeated."
+    "those of --size to --vocab and device that it has parameters for. May be repeated."
 )
 Fusions = Annotated[
     list[str] | None,
@@ -60,6 +60,9 @@ Batch = Annotated[int | None, typer.Option(min=1, help="With --e2e: how many seq
 Length = Annotated[
     int | None, typer.Option(min=1, help="With --e2e: tokens of a prompt, or behind a decode step.")
 ]
+Vocab = Annotated[
+    int | None, typer.Option(min=1, help="With --e2e: how many tokens the model knows.")
+]
 New = Annotated[int | None, typer.Option(min=1, help="With --e2e: tokens of a decode step.")]
 Regional = Annotated[
     bool, typer.Option("--regional", help="With --e2e: compile each layer for itself.")
@@ -90,6 +93,7 @@ def bench(
     batch: Batch = None,
     length: Length = None,
     new: New = None,
+    vocab: Vocab = None,
     regional: Regional = False,
     ways: Ways = "",
     options: Options = "",
@@ -97,7 +101,7 @@ def bench(
 ) -> None:
     """Time each fusion, or (--e2e) whole models, against eager and Inductor on this machine."""
     sizes = {"size": size, "layers": layers, "experts": experts, "batch": batch, "length": length,
-             "new": new, "decode": decode}  # fmt: skip
+             "new": new, "vocab": vocab, "decode": decode}  # fmt: skip
     asked = {name: value for name, value in sizes.items() if value is not None}
     if not e2e:
         others = {"regional": regional, "ways": ways, "options": options}
