@@ -80,10 +80,14 @@ def prefill(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
     return Example(fn, (*rows, bias, w, angle.cos(), angle.sin(), *m), moved, _slack(kind))
 
 
-def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
-    """``tokens`` requests that close a window each: rings of bf16 kv and fp32 gates."""
+def decode(
+    tokens: int, sizes: Sizes, device: str, kind: str, new: int = 1, closing: bool = True
+) -> Example:
+    """``tokens`` requests with ``new`` tokens each, of which one closes a window, or none: rings of
+    bf16 kv and fp32 gates."""
     ratio, overlap = ROWS[kind]
     width, dim = ratio * (2 if overlap else 1), _dim(sizes, kind)
+    ring = width + new - 1  # the rows behind a window that closes do not displace its first
     channels = dim * (2 if overlap else 1)
 
     def fn(
@@ -92,7 +96,7 @@ def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
     ) -> Tensor:  # fmt: skip
         ends = torch.where((positions + 1) % ratio == 0, positions, -1)
         span = ends.unsqueeze(-1) + torch.arange(1 - width, 1, device=ends.device)
-        at = rows.unsqueeze(-1), span % width
+        at = rows.unsqueeze(-1), span % ring
         x, g = kv[at], gate[at]
         if overlap:
             absent = (span[..., :ratio] < 0).unsqueeze(-1)
@@ -104,13 +108,14 @@ def decode(tokens: int, sizes: Sizes, device: str, kind: str) -> Example:
         cache[rows, slot] = _finish(pooled, w, cos, sin, "once", kind, m)
         return cache[:, :-1]
 
-    kv = torch.randn(tokens, width, channels, device=device, dtype=BF16)
-    gate = torch.randn(tokens, width, channels, device=device)
-    positions = torch.full((tokens, 1), 3 * ratio - 1, device=device)
-    rows = torch.arange(tokens, device=device).unsqueeze(1)
-    angle = torch.rand(tokens, 1, sizes.rope_dim // 2, device=device)
+    kv = torch.randn(tokens, ring, channels, device=device, dtype=BF16)
+    gate = torch.randn(tokens, ring, channels, device=device)
+    first = 3 * ratio - 1 if closing else 3 * ratio
+    positions = (first + torch.arange(new, device=device)).repeat(tokens, 1)
+    rows = torch.arange(tokens, device=device).unsqueeze(1).expand(-1, new)
+    angle = torch.rand(tokens, new, sizes.rope_dim // 2, device=device)
     cache = torch.zeros(tokens, 5, dim, device=device, dtype=BF16)
     inputs = (kv, gate, positions, rows, torch.rand(dim, device=device), angle.cos(), angle.sin())
-    moved = tokens * dim * (width * 6 + 2) + 2 * angle.nbytes
+    moved = tokens * closing * dim * (width * 6 + 2) + 2 * angle.nbytes
     m = _matrix(dim, device, kind)
-    return Example(fn, (*inputs, cache, *m), moved, _slack(kind))
+    return Example(fn, (*inputs, cache, *m), moved, _slack(kind), spare=len(inputs))

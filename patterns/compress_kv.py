@@ -276,4 +276,8 @@ EXAMPLES = {
     for kind in EXAMPLE_ROWS
     for rows, example in (("rows", prefill), ("ring", decode))
 }
+# A step that predicts tokens: of four new ones of each request one closes a wide window, or none.
+for _closing in (True, False):
+    _name = "wide ring of four" + ", none closes" * (not _closing)
+    EXAMPLES[_name] = partial(decode, kind="wide", new=4, closing=_closing)
 FUSION = Fusion(NAME, find, (POOL,), EXAMPLES, varied=True)

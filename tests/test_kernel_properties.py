@@ -18,7 +18,7 @@ from dsv4fuse.kernels import _common as common
 from torch import Tensor
 
 from dsv4fuse import Report, backend
-from dsv4fuse.fusion import Sizes, registry
+from dsv4fuse.fusion import Example, Sizes, registry
 
 from . import _calls
 from ._kernels import DEVICE, GPU, all_equal, all_near, bits
@@ -39,12 +39,22 @@ class Site:
 
     name: str
     variant: str
-    fn: Callable[..., object]
-    inputs: tuple[Tensor, ...]
-    slack: float
+    example: Example
 
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}"
+
+    @property
+    def fn(self) -> Callable[..., object]:
+        return self.example.fn
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.example.inputs
+
+    @property
+    def slack(self) -> float:
+        return self.example.slack
 
     @functools.cached_property
     def fused(self) -> Callable[..., object]:
@@ -56,13 +66,14 @@ class Site:
         """The results and then the inputs, which may have been written."""
         with torch.no_grad():
             found = fn(*given)
-        return [*([found] if isinstance(found, Tensor) else list(found)), *given]  # type: ignore
+        found = [found] if isinstance(found, Tensor) else list(found)  # type: ignore
+        return [*found, *self.example.read(given)]
 
 
 def site(name: str, variant: str, tokens: int = TOKENS) -> Site:
     torch.manual_seed(0)
     made = registry()[name].examples[variant](tokens, SIZES, DEVICE)
-    return Site(name, variant, made.fn, made.inputs, made.slack)
+    return Site(name, variant, made)
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda nv: "-".join(nv))
@@ -106,7 +117,8 @@ def test_the_same_bits_again(made):
     all_equal(first, second)
     eager = made.run(made.fn, clones(made))
     all_near(first, eager, made.slack)
-    for ours, theirs, before in zip(given, eager[-len(given) :], made.inputs, strict=True):
+    written, unwritten = eager[-len(given) :], made.example.read(made.inputs)
+    for ours, theirs, before in zip(made.example.read(given), written, unwritten, strict=True):
         kept = bits(theirs) == bits(before) if ours.element_size() <= 4 else theirs == before
         assert torch.equal(ours[kept], before[kept]), "written where eager writes nothing"
     holder = torch.nn.Module()
@@ -211,9 +223,9 @@ def test_several_tokens_for_one_slot(made):
     """Each element is one of theirs, as it would be alone; every other row is as before. (On a GPU
     two programs write a row's halves in any order.)"""
     axes = _token_axes(made.name, made.variant, made)
-    given = clones(made)
+    given, before = clones(made), made.example.read(made.inputs)
     written = made.run(made.fn, given)[-len(given) :]
-    caches = [k for k, (a, b) in enumerate(zip(written, made.inputs, strict=True))
+    caches = [k for k, (a, b) in enumerate(zip(written, before, strict=True))
               if not torch.equal(a, b)]  # fmt: skip
     slots = [k for k, (t, a) in enumerate(zip(made.inputs, axes, strict=True))
              if t.dtype in (torch.int32, torch.int64) and a is not None]  # fmt: skip
@@ -222,11 +234,11 @@ def test_several_tokens_for_one_slot(made):
     (cache,), (slot,) = caches, slots
     written = made.run(made.fused, clones(made))[-len(given) :]
     alone = written[cache].flatten(0, -2)
-    alone = alone[(alone != made.inputs[cache].flatten(0, -2)).any(-1)]
+    alone = alone[(alone != before[cache].flatten(0, -2)).any(-1)]
     given = clones(made)
     given[slot].fill_(3)
     found = made.run(made.fused, given)[-len(given) :][cache].flatten(0, -2)
-    changed = (found != made.inputs[cache].flatten(0, -2)).any(-1)
+    changed = (found != before[cache].flatten(0, -2)).any(-1)
     assert changed.sum() == 1
     assert (alone == found[changed]).any(0).all()
 
