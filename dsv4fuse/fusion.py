@@ -30,7 +30,7 @@ class Candidate:
     whose new version is the node at the same position in ``updates``. ``places`` says of an
     index input how many places it may name and the axis along which they differ (None: all), and
     ``signed`` that its negative numbers name none; ``reads`` of one that is only read by how many
-    numbers there are to draw from.
+    numbers there are to draw from, and ``ascending`` that they rise, the last to all of these.
     ``pieces`` says of a cache of bytes which values lie in it, for the check on random inputs.
     ``settled(*inputs)`` says of each row of the outputs whether it has only one right result.
     ``variant`` is the example whose measurements speak for this site, at ``tokens`` tokens.
@@ -51,6 +51,7 @@ class Candidate:
     signed: frozenset[fx.Node] = frozenset()
     pieces: Mapping[fx.Node, Callable[[Tensor], tuple[Tensor, ...]]] = field(default_factory=dict)
     reads: Mapping[fx.Node, int | torch.SymInt] = field(default_factory=dict)
+    ascending: frozenset[fx.Node] = frozenset()
     settled: Callable[..., Tensor] | None = None
     variant: str = ""
     tokens: int | torch.SymInt = 1

@@ -103,6 +103,9 @@ def sample(node: fx.Node, candidate: Candidate, draw: int = 0) -> Any:
     elif node in candidate.reads:
         bound = hint(candidate.reads[node])
         flat = torch.randint(bound, (extent,), **drawn).to(fake.dtype)
+        if node in candidate.ascending:
+            flat = flat.sort().values
+            flat[-1:] = bound
     else:
         values = _indices(shape, *candidate.places.get(node, (1, None)))
         if node in candidate.signed:
