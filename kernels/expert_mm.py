@@ -1,4 +1,4 @@
-"""The experts' grouped product for few rows: a weight is read once, as fast as it comes.
+"""The experts' grouped product: a weight is read once, as fast as it comes.
 
 Math     ``out[m] = x[m] @ w[e]`` for ``ends[e - 1] ≤ m < ends[e]``, ``ends[-1]`` counting as 0.
 Shapes   x ``[S,K]``, w ``[E,K,N]``, ends ``[E]``; out ``[S,N]``. ``E ≤ 4096``.
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import _common as common
+from ._common import INTERPRET, narrow
 from ._launch import wrap_triton
 
 
@@ -35,11 +36,13 @@ class Tile:
     stages: int
 
 
-# By rows for each expert, or each row if these are fewer. Few: the weights' stream alone counts.
+# By rows for each expert: a tile holds most experts' rows, so that a weight is read once.
 TILES: tuple[tuple[int | None, Tile], ...] = (
-    (8, Tile(16, 64, 64, 4, 6)),
-    (24, Tile(32, 64, 64, 4, 6)),
-    (None, Tile(64, 128, 64, 8, 4)),
+    (8, Tile(16, 128, 64, 4, 5)),
+    (24, Tile(32, 128, 64, 4, 4)),
+    (48, Tile(64, 128, 64, 4, 4)),
+    (96, Tile(128, 128, 64, 8, 3)),
+    (None, Tile(128, 256, 64, 8, 3)),
 )
 
 
@@ -78,11 +81,11 @@ def expert_mm_kernel(
             inside = start + k < K
             w = tl.load(w_at + start * w_sk, mask=there & inside[None, :], other=0.0)
             x = tl.load(x_at + start * x_sk, mask=live & inside[:, None], other=0.0)
-            if common.INTERPRET:  # whose dot takes bf16 for integers
+            if INTERPRET:  # whose dot takes bf16 for integers
                 w, x = w.to(tl.float32), x.to(tl.float32)
             acc = tl.dot(w, x, acc)
         at = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-        tl.store(at, common.narrow(acc, out_ptr.dtype.element_ty), mask=live & there)
+        tl.store(at, narrow(acc, out_ptr.dtype.element_ty), mask=live & there)
 
 
 def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,17 @@ def _case(fn: Callable[..., Any], **more: Any) -> Case:
 
 def product(x: Tensor, w: Tensor, ends: Tensor, **more: Any) -> Tensor:
     return F.grouped_mm(x, w.mT, offs=ends, **more)
+
+
+def _of(rows: int, **more: Any) -> Case:
+    """The same weights, the last expert with most of the rows."""
+
+    def many() -> tuple[Tensor, ...]:
+        _, w, ends = inputs()
+        ends[-1] = rows
+        return Draw(1)(rows, K), w, ends
+
+    return dataclasses.replace(_case(product), inputs=many, **more)
 
 
 def _private(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -74,6 +86,7 @@ SPELLINGS: dict[str, Case] = {
     "chosen rows": _case(lambda x, w, e: product(x[torch.arange(ROWS) // 2], w, e)),
     "ends by search": _case(_searched),
     "ends by counting": _case(_counted),
+    "as many as are taken": _of(EXPERTS * 128),
     "two, one behind the other": _case(_two, counts={NAME: 2, "clamp_swiglu_quant": 1}),
 }
 
@@ -97,4 +110,5 @@ MUTANTS: dict[str, Case] = {
 }
 KNOWN_MISSES: dict[str, Case] = {
     "how many rows is not known": _case(product, dynamic={0: (0,)}, why="is a symbol"),
+    "many rows": _of(EXPERTS * 128 + 1, why="more than 128 rows"),
 }
