@@ -116,9 +116,10 @@ def _check(
         found = list(candidate.call(*inputs))
     found += [inputs[candidate.inputs.index(c)] for c in candidate.caches]
     rows = candidate.settled(*inputs) if candidate.settled is not None else ...
+    rows = rows if isinstance(rows, tuple) else (rows,) * len(ends)
     for i, (node, b) in enumerate(zip(ends, found, strict=True)):
         values = [wanted[node], b, true[node] if true else wanted[node]]
-        values = [v[rows] for v in values]
+        values = [v[rows[i]] for v in values]
         drawn = candidate.places or candidate.reads  # then the last place may be written twice
         if i >= len(candidate.outputs) and drawn:
             values = [v.narrow(-2, 0, v.shape[-2] - 1) for v in values]
