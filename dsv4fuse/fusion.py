@@ -32,8 +32,7 @@ class Candidate:
     ``signed`` that its negative numbers name none; ``reads`` of one that is only read by how many
     numbers there are to draw from.
     ``pieces`` says of a cache of bytes which values lie in it, for the check on random inputs.
-    ``settled(*inputs)`` says of each row of the outputs whether it has only one right result; a
-    tuple says it of each output's own rows.
+    ``settled(*inputs)`` says of each row of the outputs whether it has only one right result.
     ``variant`` is the example whose measurements speak for this site, at ``tokens`` tokens.
     ``judged`` says what the outputs promise, see ``verify``: to be the module's ("eager"), or to
     be as near to exact arithmetic as the module's ("exact"). ``code`` says of outputs and updates
@@ -52,7 +51,7 @@ class Candidate:
     signed: frozenset[fx.Node] = frozenset()
     pieces: Mapping[fx.Node, Callable[[Tensor], tuple[Tensor, ...]]] = field(default_factory=dict)
     reads: Mapping[fx.Node, int | torch.SymInt] = field(default_factory=dict)
-    settled: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
+    settled: Callable[..., Tensor] | None = None
     variant: str = ""
     tokens: int | torch.SymInt = 1
     unsupported: str | None = None

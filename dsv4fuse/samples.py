@@ -31,10 +31,8 @@ def draw(
         made = {n: sample(n, candidate, number) for n in drawn if n not in shown}
         made |= {n: _view(n, made) for n in shown}
         made |= {n: made[candidate.like[n]] for n in outer if n in candidate.like}
-        if candidate.settled is None:
-            return made
-        rows = candidate.settled(*(made[n] for n in candidate.inputs))
-        if any(r.any() for r in (rows if isinstance(rows, tuple) else (rows,))):
+        settled = candidate.settled
+        if settled is None or settled(*(made[n] for n in candidate.inputs)).any():
             return made
     return None
 

@@ -86,7 +86,7 @@ def _placed(v, at, to, mine, values_ptr, order_ptr, inverse_ptr,
 @triton.jit
 def _among(ids_ptr, v, at, mine, own, count, step, BINS: tl.constexpr):
     """How many of the numbers of a bin are in front of each of its numbers, which may differ."""
-    rank = tl.zeros_like(at)
+    rank = tl.zeros(at.shape, tl.int32)
     for i in range(0, count):
         other = tl.load(ids_ptr + long(i) * step)
         bin = tl.minimum(tl.maximum(other, -1), BINS + 1).to(tl.int32)
@@ -136,12 +136,11 @@ def expert_sort_kernel(
         if here > 0:
             if apart:
                 to = _among(ids_ptr, v, at, mine, own, count, step, BINS)
-                _placed(v, at, first + to, mine, values_ptr, order_ptr, inverse_ptr,
-                        VALUES, INVERSE)  # fmt: skip
             else:
-                to = first + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-                _placed(v, at, to, mine, values_ptr, order_ptr, inverse_ptr, VALUES, INVERSE)
-                first += here
+                to = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+            to += first
+            _placed(v, at, to, mine, values_ptr, order_ptr, inverse_ptr, VALUES, INVERSE)
+            first += tl.where(apart, 0, here)
 
 
 def _check(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dsv4fuse import compat, rules
+from dsv4fuse import rules
 from dsv4fuse.fusion import Candidate, Example, Fusion, Sizes
 from dsv4fuse.readers import readers
 from dsv4fuse.scene import Scene
@@ -31,9 +31,6 @@ from ._expert_ids import Counted, Ids
 
 aten = torch.ops.aten
 NAMES = ("values", "order", "inverse", "ends", "counts")
-# torch sorts so many at a time by a network that does not keep equal ones in their order, on a GPU
-# and unless it is told to; longer ones by merging or by digits, which does.
-NETWORK = 32
 
 
 def find(scene: Scene, numerics: str) -> list[Candidate]:
@@ -65,7 +62,7 @@ def _candidate(scene: Scene, sort: fx.Node) -> Candidate | None:
     drawn = experts if any(c.inside for c in counted) else drawn
     return Candidate(
         "expert_sort", outputs[0][0], (x,), how, tuple(n for n, _ in outputs),
-        reads={x: drawn}, settled=how.settled if _unstable(sort) else None,
+        reads={x: drawn},
         variant="searchsorted" if ends and ends.negative else "histc",
         tokens=_tokens(x), detail={"parts": "sorted ids → " + ", ".join(
             k for k in NAMES if k in kinds)},
@@ -107,12 +104,6 @@ def _outputs(
     return tuple(sorted(found, key=lambda nk: scene.order[nk[0]]))
 
 
-def _unstable(sort: fx.Node) -> bool:
-    value = sort.args[0].meta["val"]  # type: ignore[union-attr]
-    few = value.is_cuda and compat.hint(value.shape[0]) <= NETWORK
-    return few and not sort.kwargs.get("stable")
-
-
 def _tokens(x: Any) -> int | torch.SymInt:
     """How many tokens chose, where the ids are a view of ``[.., K]``."""
     source = x.args[0] if x.target in VIEWS and x.target is not operator.getitem else x
@@ -151,31 +142,20 @@ class _Sort:
         found = [d if d in rules.INTEGERS else torch.int32 for d in dtypes]
         return found[0] if found else None
 
-    def settled(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Of each output: an id that is there once has one place; a sorted id, and a count, too."""
-        times = (ids[:, None] == ids).sum(1)
-        every = dict.fromkeys(("ends", "counts"), times.new_ones(self.experts, dtype=torch.bool))
-        every["values"] = torch.ones_like(times, dtype=torch.bool)
-        every |= {"order": times[ids.sort().indices] == 1, "inverse": times == 1}
-        return tuple(every[kind] for _, kind in self.outputs)
-
 
 def _leaves(node: fx.Node) -> bool:
     return any(u.op == "output" for n in (node, *readers(node)[1]) for u in n.users)
 
 
 def example(tokens: int, sizes: Sizes, device: str, searched: bool) -> Example:
-    """Each token's experts differ. So few ids as torch sorts by a network differ all, for then they
-    have one order only."""
-    each = torch.rand(tokens, sizes.experts, device=device).argsort(-1)[:, : sizes.top_k]
-    if each.numel() <= min(NETWORK, sizes.experts):
-        each = torch.randperm(sizes.experts, device=device)[: each.numel()].view(each.shape)
+    """Each token's experts differ; the sort is stable, so that it has one result."""
+    each = torch.rand(tokens, sizes.experts, device=device).argsort(-1)[:, : sizes.top_k].clone()
     moved = 4 * each.nbytes + 4 * sizes.experts
     return Example(partial(_plain, experts=sizes.experts, searched=searched), (each,), moved)
 
 
 def _plain(chosen: Tensor, experts: int, searched: bool) -> tuple[Tensor, ...]:
-    ids, order = torch.sort(chosen.reshape(-1), stable=searched)
+    ids, order = torch.sort(chosen.reshape(-1), stable=True)
     if searched:
         every = torch.arange(experts, device=ids.device)
         ends = torch.searchsorted(ids, every, right=True, out_int32=True)
