@@ -282,6 +282,11 @@ MUTANTS: dict[str, Case] = {
         by_order(lambda ids, order: searched(ids[order.flip(0)], right=True)),
         "ids in order, by an index",
     ),
+    "others in this order": _mutant(
+        lambda ids, others, s: (lambda order: (order, searched(others[order], right=True)))(
+            ids.argsort(stable=True)
+        ), "ids in order, by an index",
+    ),
     "searched for halves": _mutant(
         of_sorted(lambda held: torch.searchsorted(held, up() // 2, right=True)), "a side by name"
     ),
