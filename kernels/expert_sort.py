@@ -4,7 +4,7 @@ Math     ``values, order = sort(ids, stable=True)``; ``inverse[order[i]] = i``; 
          many ids are not above e; ``counts[e]``: how many are e. ends without the ``negative``
          ids, as they come of counts, or with them, as a binary search counts. ``narrow``: ends and
          counts are those of ``ids.to(int32)``.
-Shapes   ids ``[S]``, S below 2^31 and possibly 0; values, order and inverse ``[S]``; ends and
+Shapes   ids ``[S]``, S below 2^30 and possibly 0; values, order and inverse ``[S]``; ends and
          counts ``[experts]``; ``experts ≤ bins``, ``1 ≤ bins ≤ 1024``.
 Dtypes   ids int32 or int64, and values as they; order and inverse int64; ends and counts int32 or
          int64, as their arguments say. What is not asked for (``values``, ``inverse`` False;
@@ -152,8 +152,8 @@ def _check(
     common.require(0 <= experts <= bins, f"ends of {experts} experts, of {bins}")
     kinds = (None, *INTEGERS)
     common.require(ends in kinds and counts in kinds, "ends and counts must be int32 or int64")
-    large = isinstance(ids.shape[0], int) and ids.shape[0] >= 1 << 31
-    common.require(not large, "there are 2^31 ids or more")
+    large = isinstance(ids.shape[0], int) and ids.shape[0] >= 1 << 30
+    common.require(not large, "there are 2^30 ids or more")
 
 
 def _empty(

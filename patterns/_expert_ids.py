@@ -25,6 +25,7 @@ from ._known import CASTS, SORTS, counts
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.float64)
 HELD = 1 << 24  # numbers that fp32 counts to, one at a time
+HISTC = ((1, "bins", 100), (2, "min", 0), (3, "max", 0))
 READ_THROUGH = (VIEWS - {operator.getitem}) | {*CASTS, aten.eq.Tensor}
 
 
@@ -42,7 +43,7 @@ class Ids:
         return counts(self.scene).get(self.node)
 
     def readers(self) -> list[fx.Node]:
-        """Who reads the ids or the sorted ones, through views, casts and comparisons."""
+        """Who reads the ids, sorted or not."""
         return reached(self.scene, (self.node, *self.scene.alike(self.node), *self.ordered))
 
     def shown(self, node: Any, ordered: bool = False) -> bool | None:
@@ -68,6 +69,7 @@ class Counted:
 
 
 def reached(scene: Scene, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Who reads the nodes, also through views, casts and comparisons, in the graph's order."""
     found, stack = set[fx.Node](), list(nodes)
     while stack:
         for user in stack.pop().users:
@@ -152,9 +154,6 @@ def _histogram(ids: Ids, node: fx.Node) -> Counted | None:
         return None
     narrow = ids.shown(node.args[0])
     return None if narrow is None else Counted(node, n, narrow=narrow and ids.known is None)
-
-
-HISTC = ((1, "bins", 100), (2, "min", 0), (3, "max", 0))
 
 
 def _compared(ids: Ids, node: fx.Node) -> Counted | None:

@@ -30,6 +30,7 @@ from . import _expert_ids as expert_ids
 from ._expert_ids import Counted, Ids
 
 aten = torch.ops.aten
+MOST = 1024  # bins of the kernel; indices of more, of which nothing is counted, are of no experts
 NAMES = ("values", "order", "inverse", "ends", "counts")
 
 
@@ -53,7 +54,7 @@ def _candidate(scene: Scene, sort: fx.Node) -> Candidate | None:
     kinds = {kind for _, kind in outputs}
     experts = counted[0].experts if counted else 0
     bins = max(experts, found.known or 0)
-    if not bins or len(kinds - {"values"}) < 2:
+    if not bins or len(kinds - {"values"}) < 2 or not counted and bins > MOST:
         return None
     ends = next((c for c in counted if c.ends), None)
     how = _Sort(outputs, bins, experts, ends is not None and ends.negative,

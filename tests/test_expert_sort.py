@@ -68,11 +68,21 @@ def test_too_many_experts_are_declined():
     assert "1025 experts are not 1 to 1024" in site.reason
 
 
-def test_one_reader_is_no_site():
-    """Of the order alone Inductor, or a sort of fewer bits, makes the same in as many launches."""
-    report, _ = reports(lambda s: s.topk(2).indices.flatten().sort()[1], torch.empty(9, 8),
-                        device="cpu", select="always")  # fmt: skip
-    assert not report.sites
+@pytest.mark.parametrize(
+    "fn, width",
+    [
+        # A sort of fewer bits makes the order alone in as few launches.
+        (lambda s: s.topk(2).indices.flatten().sort()[1], 8),
+        (lambda s: s.topk(2).indices.flatten().argsort().argsort(), 8),
+        (lambda s: inverse(s.topk(2).indices.flatten().argsort() * 1), 8),
+        # Indices of entries, not of experts: nothing is to be said of them.
+        (lambda s: (lambda o: (o, inverse(o)))(s.topk(2).indices.flatten().argsort()), 1025),
+    ],
+    ids=["order", "ranks", "made of the order", "many"],
+)
+def test_no_site(fn, width):
+    report, _ = reports(fn, torch.empty(9, width), device="cpu", select="always")
+    assert not report.sites, str(report)
 
 
 @pytest.mark.parametrize("variant", ["histc", "searchsorted"])
