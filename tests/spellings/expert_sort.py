@@ -242,6 +242,16 @@ def _of(make: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
     return lambda ids, others, s: (ids.argsort(stable=True), make(ids, others))
 
 
+def _bytes(ids: Tensor) -> Tensor:
+    every = torch.arange(E, dtype=torch.uint8)
+    return (ids.to(torch.uint8)[:, None] == every).sum(0).cumsum(0)
+
+
+def _unsorted(ids: Tensor, others: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    held, order = ids.sort(stable=True)
+    return order, searched(ids, right=True) + 0 * held[0]
+
+
 def _chosen_by_each(ids: Tensor, others: Tensor, s: Tensor) -> tuple[Tensor, ...]:
     chosen = s.topk(K).indices
     counts = torch.zeros_like(s).scatter(1, chosen, 1.0).sum(0)
@@ -267,14 +277,9 @@ MUTANTS: dict[str, Case] = {
         by(lambda ids: offsets(ids[:, None].expand(S, 2))), "counted as fp32"
     ),
     "each of the next": _mutant(by(lambda ids: offsets(ids + 1)), "counted as fp32"),
-    "as bytes": _mutant(
-        by(lambda ids: offsets(ids.to(torch.uint8))), "counted as fp32",
-        inputs=drawn(250, 250 + 2 * E),
-    ),
+    "as bytes": _mutant(by(_bytes), "compared", inputs=drawn(250, 250 + 2 * E)),
     "below each": _mutant(of_sorted(searched), "a side by name"),
-    "searched among the unsorted": _mutant(
-        by(lambda ids: searched(ids, right=True)), "a side by name"
-    ),
+    "searched among the unsorted": _mutant(_unsorted, "a side by name"),
     "searched from the second on": _mutant(
         of_sorted(lambda held: torch.searchsorted(held, up(first=1), right=True)), "a side by name"
     ),
@@ -320,6 +325,10 @@ MUTANTS: dict[str, Case] = {
     ),
     "some are written": _mutant(
         of_order(lambda o: torch.zeros_like(o).scatter(0, o[:T], up(T))), "inverse: scattered"
+    ),
+    "all to one place": _mutant(
+        of_order(lambda o: torch.zeros_like(o).scatter(0, o[:1].expand(S), up(S))),
+        "inverse: scattered",
     ),
     "sorted the other way": _mutant(
         of_order(lambda o: o.argsort(descending=True)), "inverse: sorted"
