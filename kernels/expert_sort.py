@@ -33,13 +33,13 @@ MOST = 1024  # bins
 INTEGERS = (torch.int32, torch.int64)
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# By the number of ids: a block of ``rows`` of them at a time. One block is read once.
+# By the number of ids: a block of ``rows`` of them at a time. One block is read once. Four ids a
+# thread: of several blocks, eight take 128 registers and spill.
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (32, Config(rows=32, warps=1)),
     (128, Config(rows=128, warps=1)),
-    (512, Config(rows=512, warps=2)),
-    (2048, Config(rows=2048, warps=4)),
-    (None, Config(rows=4096, warps=8)),
+    (512, Config(rows=512, warps=4)),
+    (None, Config(rows=1024, warps=8)),
 )
 
 
@@ -111,7 +111,8 @@ def expert_sort_kernel(
     smaller, up_to = (bin < own).to(tl.int32), _up_to(counted, own, NEGATIVE)
     equal = (counted == own).to(tl.int32)
     if not WHOLE:
-        for start in range(BLOCK, count, BLOCK):
+        # Unrolled, for the loads to be under way together: there is no barrier in between.
+        for start in tl.range(BLOCK, count, BLOCK, loop_unroll_factor=4):
             at = start + lane
             w = _ids(ids_ptr, at, count, step)
             other = _bins(w, at < count, BINS)
