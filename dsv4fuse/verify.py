@@ -23,6 +23,7 @@ from dsv4fuse import clock, compat, exact, samples
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.terms import short
 
+aten = torch.ops.aten
 log = logging.getLogger("dsv4fuse")
 _verified: dict[object, str | None] = {}
 # Differences allowed, in units of the output dtype's rounding step at the largest value of a row:
@@ -107,7 +108,7 @@ def _check(
     if made is None:
         return "No random input has a single right result to compare with."
     with compat.exact_products():
-        wanted = exact.run(region, dict(made), ends)
+        wanted = exact.run(region, dict(made), ends, _stably)
     if candidate.judged == "exact":
         true = exact.truth(region, dict(made), ends)
     inputs = [made[n].clone() if n in candidate.caches else made[n] for n in candidate.inputs]
@@ -132,6 +133,15 @@ def _check(
         if wrong:
             return f"On random inputs {node.name} differs from the unfused result: {wrong}."
     return None
+
+
+def _stably(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """A node's value. Of the orders in which a sort may leave what is equal, that of the input: so
+    there is one right result."""
+    if node.target not in (aten.sort.default, aten.sort.stable):
+        return node.target(*args, **kwargs)
+    named = dict(zip(("dim", "descending"), args[1:], strict=False))
+    return aten.sort.stable(args[0], **{**named, **kwargs, "stable": True})
 
 
 def steps_allowed(dtype: torch.dtype, numerics: str = "faithful") -> float:

@@ -29,8 +29,17 @@ def _signed(name: str) -> str:
     return f"test_spellings.py::test_spelling[sparse_sink_attention-by gather: {name}]"
 
 
+def _pairs(name: str) -> str:
+    return f"test_spellings.py::test_mutant[expert_sort-{name}]"
+
+
+def _pair(name: str) -> str:
+    return f"test_spellings.py::test_spelling[expert_sort-{name}]"
+
+
 _VERIFY, _REWRITE, _WRITES = "dsv4fuse/verify.py", "dsv4fuse/rewrite.py", "dsv4fuse/writes.py"
 _RULES, _SLOTS = "dsv4fuse/rules.py", "dsv4fuse/slots.py"
+_IDS = "patterns/_expert_ids.py"
 
 GUARDS = [
     # ---- the check on random inputs
@@ -136,15 +145,68 @@ GUARDS = [
           "test_spellings.py::test_spelling[expert_mm-grouped_mm]"),
     Guard("range: which is reached", "patterns/known_range.py", "for v in (0, count - 1))",
           "for v in (0, 0))", "test_spellings.py::test_mutant[known_range-all but the last]"),
-    Guard("range: what a cast holds", "patterns/known_range.py",
+    Guard("range: what a cast holds", "patterns/_known.py",
           " and known[source] <= torch.iinfo(dtype).max else", " else",
           "test_spellings.py::test_mutant[known_range-a cast that wraps]"),
-    Guard("range: the axis", "patterns/known_range.py",
+    Guard("range: the axis", "patterns/_known.py",
           'return _size(source.args[0], argument(source, 2, "dim", -1))',
           "return _size(source.args[0], 0)",
           "test_spellings.py::test_mutant[known_range-a cast that wraps]"),
     Guard("range: bits", "patterns/known_range.py", "if count - 1 <= torch.iinfo(d).max)",
           "if True)", "test_known_range.py::test_as_many_bits_as_it_takes[257-dtype1]"),
+    Guard("pairs: the least first", _IDS,
+          'if node.target not in SORTS or argument(node, 2, "descending", False):',
+          "if node.target not in SORTS:", _pairs("descending")),
+    Guard("pairs: bins of width one", _IDS, "if not isinstance(n, int) or n < 2 or (low, high) "
+          "!= (0, n - 1):", "if not isinstance(n, int) or n < 2 or low != 0:",
+          _pairs("up to one more")),
+    Guard("pairs: the range of one bin", _IDS, "if not isinstance(n, int) or n < 2 or (low",
+          "if not isinstance(n, int) or (low", _pairs("of one expert")),
+    Guard("pairs: all of them", _IDS,
+          "return holds(scene.low.term(node), list(terms)) if whole else None",
+          "return holds(scene.low.term(node), list(terms))", _pairs("each counted twice")),
+    Guard("pairs: what a cast holds", _IDS,
+          "if t.dtype not in (*rules.INTEGERS, *FLOATS):", "if False:", _pairs("as bytes")),
+    Guard("pairs: as int32", _IDS, "narrow |= t.dtype == torch.int32", "pass",
+          _pair("counted as int32")),
+    Guard("pairs: negative ones", _IDS, "ends=True, negative=ids.known is None)", "ends=True)",
+          _pair("searched from the left")),
+    Guard("pairs: from which on", _IDS, "== maps.affine(along, first)", "is not None",
+          _pairs("numbered from one")),
+    Guard("pairs: which of them", _IDS, "and counts_up(b, place) and", "and",
+          _pairs("compared from one on")),
+    Guard("pairs: what is added", _IDS, "if made == [0, 1] else None",
+          "if made[1:] == [1] else None", _pairs("added to ones")),
+    Guard("pairs: an index from the end", _IDS,
+          "if node.target is aten.index_put.default and not 0 < (ids.known or 0) <= shape[0]:",
+          "if False:", _pairs("from the end")),
+    Guard("pairs: added, not set", _IDS,
+          'if len(node.args[1]) != 1 or argument(node, 3, "accumulate", False) is not True:',
+          "if len(node.args[1]) != 1:", _pairs("set, not added")),
+    Guard("pairs: searched among the sorted", _IDS,
+          "if not asks or not ids.ordered or ids.shown(held, ordered=True) is not False:",
+          "if not asks or not ids.ordered or ids.shown(held) is not False:",
+          _pairs("searched among the unsorted")),
+    Guard("pairs: a sorter", _IDS,
+          "if len(shape) != 1 or not isinstance(shape[0], int) or sorter is not None:",
+          "if len(shape) != 1 or not isinstance(shape[0], int):",
+          _pairs("searched through a sorter")),
+    Guard("pairs: places, not sums", _IDS,
+          'if len(node.args[1]) != 1 or argument(node, 3, "accumulate", False):',
+          "if len(node.args[1]) != 1:", _pairs("added to places")),
+    Guard("pairs: of this order", _IDS,
+          "if not whole or shown(scene, index, [order]) is None:", "if not whole:",
+          _pairs("all to one place")),
+    Guard("pairs: these ids", "patterns/expert_sort.py",
+          "return ordered and scene.low.term(source) is scene.low.term(x)", "return ordered",
+          _pairs("others in this order")),
+    Guard("pairs: tensors of their own", "patterns/expert_sort.py",
+          "value.clone() if kind in given and _leaves(node) else value", "value",
+          "test_expert_sort.py::test_what_leaves_twice_is_two_tensors"),
+    Guard("check: an order of equal ones", _VERIFY,
+          'return aten.sort.stable(args[0], **{**named, **kwargs, "stable": True})',
+          "return node.target(*args, **kwargs)",
+          "test_spellings.py::test_spelling[expert_sort-transformers]"),
     # ---- what is the same value
     Guard("match: dtype", "dsv4fuse/match.py",
           "return p.dtype == g.dtype or (hole.wide and rules.widens(g.dtype, p.dtype))",
@@ -222,6 +284,15 @@ GUARDS = [
     Guard("kernel: rows for 16-byte copies", "kernels/_hopper.py",
           "if t.data_ptr() % 32 == 0 and t.stride(-1) == 1 and not any(s % 16 for s in steps):",
           "if True:", "test_attention_hopper.py::test_rows_at_odd_places_are_copied"),
+    Guard("kernel: what is behind the last id", "kernels/expert_sort.py",
+          "return tl.where(live, bounded, BINS + 2)", "return bounded",
+          "test_kernel_expert_sort.py::test_blocks[15-16-1]"),
+    Guard("kernel: numbers outside, in order", "kernels/expert_sort.py",
+          "front = (other < v) | ((other == v) & (i < at))", "front = other < v",
+          "test_kernel_expert_sort.py::test_any_numbers[8-127-dtype1]"),
+    Guard("kernel: ends without negative ids", "kernels/expert_sort.py",
+          "return ((bin <= own) & (bin >= 0)).to(tl.int32)", "return (bin <= own).to(tl.int32)",
+          "test_kernel_expert_sort.py::test_any_numbers[8-127-dtype1]"),
     Guard("kernel: dtypes", "kernels/clamp_swiglu_quant.py",
           'common.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")',
           "pass", "test_kernels.py::test_misuse_is_explained"),

@@ -35,6 +35,7 @@ def expected(kinds):
         "hyper_connection_post_pre_norm": 2 * n - 1,
         "hyper_head": 1,
         "moe_router": n,
+        "expert_sort": n,
     }
 
 

@@ -79,6 +79,6 @@ def test_43_layers_compile_as_fast_as_their_kinds():
     assert kinds == count == len(KINDS)
     print(f"{count} graphs: {spent_on_kinds:.1f} s for the kinds, {spent:.1f} s for 43 layers")
     assert spent <= 1.2 * spent_on_kinds
-    assert Report.of(whole).counts() == expected_apart(KINDS, torch.float32, decode=True)
+    assert Report.of(whole).counts() == expected_apart(KINDS, torch.float32, decode=True, by_hash=2)
     found = decode(whole)
     assert ((found - wanted).abs().max() / wanted.abs().max()).item() < 1e-5

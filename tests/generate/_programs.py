@@ -20,7 +20,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 MODULES = (
     "norm_rope_cache", "norm_quant", "clamp_swiglu_quant", "inv_rope_quant", "hyper_connections",
     "moe_router", "compress_kv", "indexer", "attention", "inv_rope_grouped_bmm",
-    "unsorted_topk", "known_range",
+    "unsorted_topk", "known_range", "expert_sort",
 )  # fmt: skip
 SITES = (1, 1, 1, 2, 3)  # how many sequences a program has
 
