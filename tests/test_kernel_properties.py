@@ -31,6 +31,7 @@ VARIANTS = [(f, v) for f, made in registry().items() for v in made.examples]
 # A row's bits depend on how many rows there are where the way to sum is chosen by their number.
 BY_COUNT = {"hyper_connection_pre", "hyper_head", "inv_rope_grouped_bmm", "sink_attention",
             "sparse_sink_attention", "indexer_logits"}  # fmt: skip
+ORDERS = {"expert_sort"}  # all rows: where one is hangs on the others
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def test_special_values(made):
 def test_rows_do_not_depend_on_their_number(made):
     """The first rows of many are the rows of a few."""
     axes = _token_axes(made.name, made.variant, made)
-    if made.name in BY_COUNT or None in (axes[0],):
+    if made.name in BY_COUNT | ORDERS or None in (axes[0],):
         pytest.skip("no such promise")
     few = TOKENS - 2
     part = [t.clone() if a is None else t.narrow(a, 0, few).clone()
