@@ -112,7 +112,7 @@ def decode(
     gate = torch.randn(tokens, ring, channels, device=device)
     first = 3 * ratio - 1 if closing else 3 * ratio
     positions = (first + torch.arange(new, device=device)).repeat(tokens, 1)
-    rows = torch.arange(tokens, device=device).unsqueeze(1).expand(-1, new)
+    rows = torch.arange(tokens, device=device).unsqueeze(1)
     angle = torch.rand(tokens, new, sizes.rope_dim // 2, device=device)
     cache = torch.zeros(tokens, 5, dim, device=device, dtype=BF16)
     inputs = (kv, gate, positions, rows, torch.rand(dim, device=device), angle.cos(), angle.sin())

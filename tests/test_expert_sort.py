@@ -7,10 +7,9 @@ import operator
 import pytest
 import torch
 from dsv4fuse.kernels import _common as common
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from dsv4fuse import backend
+from dsv4fuse.bench.launches import launched
 from dsv4fuse.fusion import Sizes, registry
 
 from .spellings.expert_sort import SPELLINGS, E, compared, inverse, offsets
@@ -105,8 +104,5 @@ def test_one_launch(variant, tokens):
     options = {"select": "always", "expect": {"expert_sort": 1}}
     compiled = torch.compile(made.fn, backend=backend.dsv4fuse, options=options, fullgraph=True)
     assert all(map(torch.equal, compiled(*made.inputs), made.fn(*made.inputs)))
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        compiled(*made.inputs)
-        torch.cuda.synchronize()
-    on_gpu = [e.name for e in seen.events() if e.device_type == DeviceType.CUDA]
-    assert on_gpu == ["expert_sort_kernel"]
+    found = launched(lambda: compiled(*made.inputs), on_gpu=True)
+    assert {name: count for name, (count, _) in found.items()} == {"expert_sort_kernel": 1}
