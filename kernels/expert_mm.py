@@ -47,17 +47,14 @@ TILES: tuple[tuple[int | None, Tile], ...] = (
 
 
 @triton.jit
-def tile_of(ends_ptr, j, E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr):
+def tile_of(every, starts, ends, j, ROWS: tl.constexpr):
     """(expert, its first row in tile j, behind its last) of the j-th tile of all experts' rows."""
-    e = tl.arange(0, BE)
-    end = tl.load(ends_ptr + e, mask=e < E, other=0)
-    start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles = (tl.maximum(end - start, 0) + ROWS - 1) // ROWS
+    tiles = (tl.maximum(ends - starts, 0) + ROWS - 1) // ROWS
     behind = tl.cumsum(tiles, axis=0)
     this = (j < behind) & (j >= behind - tiles)
-    first = start + (j - behind + tiles) * ROWS
-    return (tl.sum(tl.where(this, e, 0), axis=0), tl.sum(tl.where(this, first, 0), axis=0),
-            tl.sum(tl.where(this, end, 0), axis=0))  # fmt: skip
+    first = starts + (j - behind + tiles) * ROWS
+    return (tl.sum(tl.where(this, every, 0), axis=0), tl.sum(tl.where(this, first, 0), axis=0),
+            tl.sum(tl.where(this, ends, 0), axis=0))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -68,7 +65,11 @@ def expert_mm_kernel(
 ):  # fmt: skip
     """A tile of an expert's rows by COLUMNS of its weight, transposed: the weight has 64 rows for
     the tensor cores, a row of x is one of their columns."""
-    e, first, last = tile_of(ends_ptr, tl.program_id(0) // PARTS, E, BE, ROWS)
+    # Loaded here: torch takes for written what a function is given whose result says where to.
+    every = tl.arange(0, BE)
+    ends = tl.load(ends_ptr + every, mask=every < E, other=0)
+    starts = tl.load(ends_ptr + every - 1, mask=(every > 0) & (every < E), other=0)
+    e, first, last = tile_of(every, starts, ends, tl.program_id(0) // PARTS, ROWS)
     last = tl.minimum(last, rows)
     if first < last:
         n = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)

@@ -44,11 +44,6 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 
 
 @triton.jit
-def _ids(ids_ptr, at, count, step):
-    return tl.load(ids_ptr + at.to(tl.int64) * step, mask=at < count, other=0)
-
-
-@triton.jit
 def _bins(v, live, BINS: tl.constexpr):
     """int32 that order as the numbers do, but for those outside: -1 and BINS + 1 stand for them.
     What is not there is behind all."""
@@ -84,15 +79,10 @@ def _placed(v, at, to, mine, values_ptr, order_ptr, inverse_ptr,
 
 
 @triton.jit
-def _among(ids_ptr, v, at, mine, own, count, step, BINS: tl.constexpr):
-    """How many of the numbers of a bin are in front of each of its numbers, which may differ."""
-    rank = tl.zeros(at.shape, tl.int32)
-    for i in range(0, count):
-        other = tl.load(ids_ptr + long(i) * step)
-        bin = tl.minimum(tl.maximum(other, -1), BINS + 1).to(tl.int32)
-        front = (other < v) | ((other == v) & (i < at))
-        rank += ((bin == own) & front & mine).to(tl.int32)
-    return rank
+def _in_front(other, i, v, at, own, BINS: tl.constexpr):
+    """Is the i-th id one of this bin, whose numbers may differ, and in front of each of these?"""
+    bin = tl.minimum(tl.maximum(other, -1), BINS + 1).to(tl.int32)
+    return (bin == own) & ((other < v) | ((other == v) & (i < at)))
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -102,10 +92,14 @@ def expert_sort_kernel(
     VALUES: tl.constexpr, INVERSE: tl.constexpr, ENDS: tl.constexpr, COUNTS: tl.constexpr,
     NEGATIVE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the numbers of one bin. WHOLE: all ids are one block."""
+    """One program: the numbers of one bin. WHOLE: all ids are one block.
+
+    Ids are loaded here alone: torch takes for written what a function is given whose result says
+    where something is stored.
+    """
     own = tl.program_id(0) - 1
     lane = tl.arange(0, BLOCK)
-    v = _ids(ids_ptr, lane, count, step)
+    v = tl.load(ids_ptr + lane.to(tl.int64) * step, mask=lane < count, other=0)
     bin = _bins(v, lane < count, BINS)
     counted = _counted(v, bin, lane < count, BINS, NARROW)
     smaller, up_to = (bin < own).to(tl.int32), _up_to(counted, own, NEGATIVE)
@@ -114,7 +108,7 @@ def expert_sort_kernel(
         # Unrolled, for the loads to be under way together: there is no barrier in between.
         for start in tl.range(BLOCK, count, BLOCK, loop_unroll_factor=4):
             at = start + lane
-            w = _ids(ids_ptr, at, count, step)
+            w = tl.load(ids_ptr + at.to(tl.int64) * step, mask=at < count, other=0)
             other = _bins(w, at < count, BINS)
             smaller += (other < own).to(tl.int32)
             other = _counted(w, other, at < count, BINS, NARROW)
@@ -130,13 +124,16 @@ def expert_sort_kernel(
     for start in range(0, BLOCK if WHOLE else count, BLOCK):
         at = start + lane
         if not WHOLE:
-            v = _ids(ids_ptr, at, count, step)
+            v = tl.load(ids_ptr + at.to(tl.int64) * step, mask=at < count, other=0)
             bin = _bins(v, at < count, BINS)
         mine = bin == own
         here = tl.sum(mine.to(tl.int32), axis=0)
         if here > 0:
             if apart:
-                to = _among(ids_ptr, v, at, mine, own, count, step, BINS)
+                to = tl.zeros((BLOCK,), tl.int32)
+                for i in range(0, count):
+                    other = tl.load(ids_ptr + long(i) * step)
+                    to += (_in_front(other, i, v, at, own, BINS) & mine).to(tl.int32)
             else:
                 to = tl.cumsum(mine.to(tl.int32), axis=0) - 1
             to += first
