@@ -1,4 +1,5 @@
-"""Host side shared by the ops of inv_rope_grouped_bmm: shapes, launch tables, plain products."""
+"""Host side shared by the ops of inv_rope_grouped_bmm: shapes, launch tables, plain products; the
+tile of expert_mm's product, too."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from . import _common as common
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens, output columns and summed lanes of a program's tile; warps; pipeline stages; the
-    shape of its loop (SINGLE of ``grouped_kernel``)."""
+    """Rows (tokens), output columns and summed lanes of a program's tile; warps; pipeline stages;
+    the shape of its loop (SINGLE of ``grouped_kernel``)."""
 
     rows: int
     columns: int

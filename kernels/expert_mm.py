@@ -6,12 +6,11 @@ Dtypes   x, w, out bf16; ends int32.
 Strides  x any; w any (a transposed ``[E,N,K]`` is read along K); out is dense.
 Rounding products are summed in fp32 and rounded once, as torch's grouped product does.
 Rows     from the last of ends on are left as they are, whatever is there; so are those of torch.
+Errors   ValueError for other shapes, dtypes or more experts.
 Source   vLLM's and SGLang's fused_moe: programs are handed the tiles of experts that have rows.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,19 +21,7 @@ from torch.library import triton_op
 from . import _common as common
 from ._common import INTERPRET, narrow
 from ._launch import wrap_triton
-
-
-@dataclass(frozen=True)
-class Tile:
-    """``rows`` of an expert and ``columns`` of its weight per program, ``depth`` of K at a time,
-    of which ``stages`` are on their way."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
+from ._projection import Tile
 
 # By rows for each expert: a tile holds most experts' rows, so that a weight is read once.
 TILES: tuple[tuple[int | None, Tile], ...] = (
@@ -97,18 +84,14 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
     common.require(ends.dtype == torch.int32 and ends.stride(0) == 1, "ends must be dense int32")
 
 
-def tile_for(rows: int | torch.SymInt, experts: int) -> Tile:
-    return common.launch_config(TILES, common.size_hint(rows) // experts)
-
-
 def launch(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     rows, (experts, depth, columns) = x.shape[0], w.shape
     common.require_static(experts=experts, K=depth, N=columns)
     common.require(experts <= 4096, f"{experts} experts are more than 4096")
     out = x.new_empty((rows, columns))
-    t = tile_for(rows, experts)
+    t = common.launch_config(TILES, common.size_hint(rows) // experts)
     width = min(t.columns, max(16, triton.next_power_of_2(columns)))
-    step = min(t.depth, max(16, triton.next_power_of_2(depth)))
+    step = min(t.lanes, max(16, triton.next_power_of_2(depth)))
     parts, most = triton.cdiv(columns, width), rows // t.rows + experts
     tiles = most if isinstance(rows, torch.SymInt) else max(1, min(rows, most))
     wrap_triton(expert_mm_kernel)[(tiles * parts,)](

@@ -14,6 +14,7 @@ Range    Any numbers are sorted. From 0 to ``bins`` (which stands for an expert 
          a program of its own, so that their order takes neither atomics nor scratch; those outside
          are ranked one at a time, in a time that grows as the square of S where there is any.
 Order    Equal ids stay in their order, in every launch: the bits do not hang on the launch.
+Errors   ValueError for other shapes and dtypes, or more bins or ids than these.
 Source   vLLM's and SGLang's moe_align_block_size, which sort by expert in front of their products.
 """
 
@@ -220,8 +221,3 @@ def expert_sort(
 def _(ids, *, bins, experts=0, ends=None, counts=None, values=True, inverse=True, **_):
     _check(ids, bins, experts, ends, counts)
     return _empty(ids, experts, ends, counts, values, inverse)
-
-
-def traffic(ids: Tensor, *outputs: Tensor) -> int:
-    """Bytes that must move: every id once, every output once."""
-    return common.nbytes(ids, *outputs)

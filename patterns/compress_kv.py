@@ -277,7 +277,8 @@ EXAMPLES = {
     for rows, example in (("rows", prefill), ("ring", decode))
 }
 # A step that predicts tokens: of four new ones of each request one closes a wide window, or none.
-for _closing in (True, False):
-    _name = "wide ring of four" + ", none closes" * (not _closing)
-    EXAMPLES[_name] = partial(decode, kind="wide", new=4, closing=_closing)
+EXAMPLES |= {
+    "wide ring of four": partial(decode, kind="wide", new=4),
+    "wide ring of four, none closes": partial(decode, kind="wide", new=4, closing=False),
+}
 FUSION = Fusion(NAME, find, (POOL,), EXAMPLES, varied=True)

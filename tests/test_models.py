@@ -65,7 +65,7 @@ def expected(kinds, dtype, decode=False, by_hash=1):
         "moe_router": n,
         # Our plain model asks for the ends in bf16 only; a router's choice shows the range as well.
         "expert_sort": n - by_hash * wide,
-        "expert_mm": 0 if wide else 2 * n,  # torch has a grouped product of bf16 only
+        "expert_mm": 0 if wide else 2 * n,  # torch compiles a grouped product of bf16 only
         "clamp_swiglu_quant": 2 * n,  # routed experts, shared expert
     }
 
