@@ -288,7 +288,7 @@ GUARDS = [
           "return tl.where(live, bounded, BINS + 2)", "return bounded",
           "test_kernel_expert_sort.py::test_blocks[15-16-1]"),
     Guard("kernel: numbers outside, in order", "kernels/expert_sort.py",
-          "front = (other < v) | ((other == v) & (i < at))", "front = other < v",
+          "((other < v) | ((other == v) & (i < at)))", "(other < v)",
           "test_kernel_expert_sort.py::test_any_numbers[8-127-dtype1]"),
     Guard("kernel: ends without negative ids", "kernels/expert_sort.py",
           "return ((bin <= own) & (bin >= 0)).to(tl.int32)", "return (bin <= own).to(tl.int32)",
