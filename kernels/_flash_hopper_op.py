@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from . import _common as common
 from . import _hopper as hopper
@@ -59,7 +58,7 @@ def launch(
     )  # fmt: skip
 
 
-@custom_op("dsv4fuse::attention_hopper", mutates_args=("out", "part", "stat"))
+@torch.library.custom_op("dsv4fuse::attention_hopper", mutates_args=("out", "part", "stat"))
 def attention_hopper(
     q: Tensor, kv: Tensor | None, far: Tensor | None, index: Tensor | None, page: Tensor | None,
     mask: Tensor | None, sinks: Tensor, tiles: Tensor | None, counts: Tensor | None,

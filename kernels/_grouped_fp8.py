@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op
 
 from dsv4fuse import atoms
 
@@ -27,7 +26,7 @@ def _check(o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor) -> N
     common.require(w.stride(-1) == 1, "the last axis of w must be dense")
 
 
-@custom_op("dsv4fuse::grouped_scaled_mm", mutates_args=())
+@torch.library.custom_op("dsv4fuse::grouped_scaled_mm", mutates_args=())
 def grouped_scaled_mm(codes: Tensor, scales: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """``launch`` by torch's block-scaled product, one for each group: bf16 ``[T,G,N]``.
 
@@ -78,7 +77,7 @@ def reference(
     return out.to(output(o, out_dtype))
 
 
-@triton_op("dsv4fuse::inv_rope_grouped_fp8", mutates_args=())
+@torch.library.triton_op("dsv4fuse::inv_rope_grouped_fp8", mutates_args=())
 def inv_rope_grouped_fp8(
     o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor, *, floor: float = 1e-10,
     scale: str = "fp32", via: str = "div", rope_rounding: str, precise: bool = False,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from . import _common as common
 from . import _hopper as hopper
@@ -48,7 +47,7 @@ def launch(*tensors: Tensor | None, **how: Any) -> None:
     torch.ops.dsv4fuse.indexer_hopper(*tensors, **how)
 
 
-@custom_op("dsv4fuse::indexer_hopper", mutates_args=("out",))
+@torch.library.custom_op("dsv4fuse::indexer_hopper", mutates_args=("out",))
 def indexer_hopper(
     q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, start: Tensor | None,
     end: Tensor | None, out: Tensor, *, scale: float, scale_dots: bool, rounding: int,

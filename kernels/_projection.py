@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from . import _common as common
 
@@ -104,7 +103,7 @@ def power_of_two(n: int, most: int) -> int:
     return min(most, n & -n) if n else most
 
 
-@custom_op("dsv4fuse::grouped_bmm", mutates_args=())
+@torch.library.custom_op("dsv4fuse::grouped_bmm", mutates_args=())
 def grouped_bmm(y: Tensor, w: Tensor) -> Tensor:
     """y ``[T,G,K]`` times w ``[G,N,K]`` as a dense ``[T,G,N]``.
 

@@ -27,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -228,7 +227,7 @@ def reference_quant(
     return codes, finish_scales(buffer, codes.shape[0], scale, col_major)
 
 
-@triton_op("dsv4fuse::clamp_swiglu", mutates_args=())
+@torch.library.triton_op("dsv4fuse::clamp_swiglu", mutates_args=())
 def clamp_swiglu(
     gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str,
     precise: bool = False,
@@ -250,7 +249,7 @@ def _(gate, up, weight, *, limit, rounding, precise=False):
     return gate.new_empty(gate.shape, dtype=out_dtype(gate, weight, rounding))
 
 
-@triton_op("dsv4fuse::clamp_swiglu_quant", mutates_args=())
+@torch.library.triton_op("dsv4fuse::clamp_swiglu_quant", mutates_args=())
 def clamp_swiglu_quant(
     gate: Tensor, up: Tensor, weight: Tensor | None, *, limit: float | None, rounding: str,
     precise: bool = False, group: int = 128, floor: float = 1e-10, scale: str = "fp32",

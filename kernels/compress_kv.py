@@ -41,7 +41,6 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -228,7 +227,7 @@ def reference(
     return y.contiguous() if keep else y.new_empty((0,))
 
 
-@triton_op("dsv4fuse::compress_kv", mutates_args=())
+@torch.library.triton_op("dsv4fuse::compress_kv", mutates_args=())
 def compress_kv(
     kv: Tensor, gate: Tensor, kv_before: Tensor | None, gate_before: Tensor | None,
     bias: Tensor | None, bias_before: Tensor | None, weight: Tensor | None, cos: Tensor,
@@ -251,7 +250,7 @@ def compress_kv(
     )  # fmt: skip
 
 
-@triton_op("dsv4fuse::compress_kv_cache", mutates_args=("cache",))
+@torch.library.triton_op("dsv4fuse::compress_kv_cache", mutates_args=("cache",))
 def compress_kv_cache(
     kv: Tensor, gate: Tensor, kv_before: Tensor | None, gate_before: Tensor | None,
     bias: Tensor | None, bias_before: Tensor | None, weight: Tensor | None, cos: Tensor,

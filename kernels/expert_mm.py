@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import _common as common
 from ._common import INTERPRET, narrow
@@ -107,7 +106,7 @@ def reference(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return torch.ops.aten._grouped_mm.default(x, w, ends)
 
 
-@triton_op("dsv4fuse::expert_mm", mutates_args=())
+@torch.library.triton_op("dsv4fuse::expert_mm", mutates_args=())
 def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """``[S,N]``: see the module's docstring."""
     _check(x, w, ends)

@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from . import _common as common
 from ._common import Config, long
@@ -191,7 +190,7 @@ def reference(
     )
 
 
-@triton_op("dsv4fuse::expert_sort", mutates_args=())
+@torch.library.triton_op("dsv4fuse::expert_sort", mutates_args=())
 def expert_sort(
     ids: Tensor, *, bins: int, experts: int = 0, ends: torch.dtype | None = None,
     counts: torch.dtype | None = None, values: bool = True, inverse: bool = True,

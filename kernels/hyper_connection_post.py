@@ -13,10 +13,10 @@ Source   DeepSeek-V4's inference/model.py (hc_post).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -104,7 +104,7 @@ def reference(
     return atoms.hyper_expand(out, x, post, comb, rounding=rounding).to(kind).contiguous()
 
 
-@triton_op("dsv4fuse::hyper_connection_post", mutates_args=())
+@torch.library.triton_op("dsv4fuse::hyper_connection_post", mutates_args=())
 def hyper_connection_post(
     out: Tensor, x: Tensor, post: Tensor, comb: Tensor, *, rounding: str, precise: bool = False
 ) -> Tensor:

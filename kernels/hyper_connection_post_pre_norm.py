@@ -16,8 +16,8 @@ Source   DeepSeek-V4's inference/model.py (hc_post, hc_pre).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -50,7 +50,7 @@ def reference(
     return (new, atoms.rms_norm(y, weight, eps=y_eps, rounding=norm), *weights)
 
 
-@triton_op("dsv4fuse::hyper_connection_post_pre_norm", mutates_args=())
+@torch.library.triton_op("dsv4fuse::hyper_connection_post_pre_norm", mutates_args=())
 def hyper_connection_post_pre_norm(
     out: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, scale: Tensor, base: Tensor,
     weight: Tensor | None, *, rounding: str, norm_eps: float, eps: float, iters: int,

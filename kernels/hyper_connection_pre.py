@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -52,7 +51,7 @@ def allocate(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((tokens, d)), post, x.new_empty((tokens, n, n), dtype=torch.float32)
 
 
-@triton_op("dsv4fuse::hyper_connection_pre", mutates_args=())
+@torch.library.triton_op("dsv4fuse::hyper_connection_pre", mutates_args=())
 def hyper_connection_pre(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float,
     iters: int, before: bool = True,
@@ -74,7 +73,7 @@ def _(x, fn, scale, base, *, iters, **_):
     return allocate(x)
 
 
-@triton_op("dsv4fuse::hyper_connection_pre_norm", mutates_args=())
+@torch.library.triton_op("dsv4fuse::hyper_connection_pre_norm", mutates_args=())
 def hyper_connection_pre_norm(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor | None, *, norm_eps: float,
     eps: float, iters: int, y_eps: float, rounding: str, before: bool = True,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -33,7 +32,7 @@ def reference(
     return atoms.hyper_collapse(x, torch.sigmoid(mixes * scale + base) + eps)
 
 
-@triton_op("dsv4fuse::hyper_head", mutates_args=())
+@torch.library.triton_op("dsv4fuse::hyper_head", mutates_args=())
 def hyper_head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float,
     before: bool = True,

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op
 
 from . import _common as common
 from . import _indexer_hopper_op as hopper
@@ -160,7 +159,7 @@ def reference(
     return out.masked_fill_(outside, float("-inf") if clean else 0.0)
 
 
-@triton_op("dsv4fuse::indexer_logits", mutates_args=())
+@torch.library.triton_op("dsv4fuse::indexer_logits", mutates_args=())
 def indexer_logits(
     q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Tensor | None = None,
     end: Tensor | None = None, *, scale: float = 1.0, scale_dots: bool = False,

@@ -27,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -174,7 +173,7 @@ def _turned(
     return y if matrix is None else turned(y, matrix, factor, precise, x.dtype)
 
 
-@triton_op("dsv4fuse::indexer_q", mutates_args=())
+@torch.library.triton_op("dsv4fuse::indexer_q", mutates_args=())
 def indexer_q(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None = None, *, factor: float = 1.0,
     group: int = 0, floor: float = 1e-4, scale: str = "pow2", via: str = "div",
@@ -199,7 +198,7 @@ def _(x, cos, sin, matrix=None, *, group=0, scale="pow2", fp4="", **_):
     return x.new_empty(x.shape)
 
 
-@triton_op("dsv4fuse::indexer_q_quant", mutates_args=())
+@torch.library.triton_op("dsv4fuse::indexer_q_quant", mutates_args=())
 def indexer_q_quant(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None = None, *, factor: float = 1.0,
     group: int = 128, floor: float = 1e-4, scale: str = "pow2", via: str = "div",

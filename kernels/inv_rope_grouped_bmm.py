@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -124,7 +123,7 @@ def reference(
     return product(y, w, token_major).to(output(o, out_dtype))
 
 
-@triton_op("dsv4fuse::inv_rope_grouped_bmm", mutates_args=())
+@torch.library.triton_op("dsv4fuse::inv_rope_grouped_bmm", mutates_args=())
 def inv_rope_grouped_bmm(
     o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, w_scale: Tensor | None = None, *,
     rope_rounding: str, precise: bool = False, scaled: bool = False,
@@ -153,7 +152,7 @@ def _(o, cos, sin, w, w_scale=None, *, out_dtype=None, token_major=True, **_):
     return allocate(o, w, out_dtype, token_major)
 
 
-@triton_op("dsv4fuse::inv_rope_grouped_bmm_", mutates_args=("o",))
+@torch.library.triton_op("dsv4fuse::inv_rope_grouped_bmm_", mutates_args=("o",))
 def inv_rope_grouped_bmm_(
     o: Tensor, cos: Tensor, sin: Tensor, w: Tensor, *, rope_rounding: str, precise: bool = False,
     token_major: bool = True,

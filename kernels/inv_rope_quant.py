@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -230,7 +229,7 @@ def reference_quant(
     return codes, scales
 
 
-@triton_op("dsv4fuse::inv_rope", mutates_args=())
+@torch.library.triton_op("dsv4fuse::inv_rope", mutates_args=())
 def inv_rope(
     o: Tensor, cos: Tensor, sin: Tensor, *, rope_rounding: str, precise: bool = False,
     inverse: bool = True, heads_first: bool = False,
@@ -252,7 +251,7 @@ def _(o, cos, sin, *, heads_first=False, **_):
     return rows.allocate(o, None, None, None, "none", "none", heads_first)[0]
 
 
-@triton_op("dsv4fuse::inv_rope_quant", mutates_args=())
+@torch.library.triton_op("dsv4fuse::inv_rope_quant", mutates_args=())
 def inv_rope_quant(
     o: Tensor, cos: Tensor, sin: Tensor, *, groups: int, group: int = 128, floor: float = 1e-10,
     scale: str = "fp32", via: str = "div", rope_rounding: str, precise: bool = False,

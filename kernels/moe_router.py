@@ -30,7 +30,6 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -152,7 +151,7 @@ def reference_hash(
     return _weights(logits, chosen, **weights), chosen  # type: ignore[arg-type]
 
 
-@triton_op("dsv4fuse::moe_router", mutates_args=())
+@torch.library.triton_op("dsv4fuse::moe_router", mutates_args=())
 def moe_router(
     logits: Tensor, bias: Tensor | None, *, top_k: int, func: str, scores: torch.dtype,
     sums: torch.dtype, out: torch.dtype, normalise: bool = True, eps: float = 0.0,
@@ -175,7 +174,7 @@ def _(logits, bias, *, top_k, func, scores, sums, out, **_):
     return _empty(logits, logits.shape[0], top_k, out)
 
 
-@triton_op("dsv4fuse::moe_router_hash", mutates_args=())
+@torch.library.triton_op("dsv4fuse::moe_router_hash", mutates_args=())
 def moe_router_hash(
     logits: Tensor, table: Tensor, ids: Tensor, *, func: str, scores: torch.dtype,
     sums: torch.dtype, out: torch.dtype, normalise: bool = True, eps: float = 0.0,

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -128,7 +127,7 @@ def reference(
     )  # fmt: skip
 
 
-@triton_op("dsv4fuse::mtp_norms", mutates_args=())
+@torch.library.triton_op("dsv4fuse::mtp_norms", mutates_args=())
 def mtp_norms(
     e: Tensor, e_weight: Tensor | None, positions: Tensor | None, h: Tensor,
     h_weight: Tensor | None, *, e_eps: float, e_norm: str, h_eps: float, h_norm: str,

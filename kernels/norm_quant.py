@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -262,7 +261,7 @@ def reference(
     return codes, finish_scales(buffer, x.shape[0], scale, col_major), normed, kv_out
 
 
-@triton_op("dsv4fuse::norm_quant", mutates_args=())
+@torch.library.triton_op("dsv4fuse::norm_quant", mutates_args=())
 def norm_quant(
     x: Tensor, weight: Tensor | None, kv: Tensor | None, kv_weight: Tensor | None, *, eps: float,
     norm: str, kv_eps: float = 0.0, kv_norm: str = "once", precise: bool = False,

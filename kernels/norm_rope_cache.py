@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from dsv4fuse import atoms
 
@@ -125,7 +124,7 @@ def write_rows(
     cache.copy_(flat[:-1].view(cache.shape))
 
 
-@triton_op("dsv4fuse::norm_rope", mutates_args=())
+@torch.library.triton_op("dsv4fuse::norm_rope", mutates_args=())
 def norm_rope(
     q: Tensor | None, kv: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, *, q_eps: float, kv_eps: float, q_norm: str, kv_norm: str,
@@ -150,7 +149,7 @@ def _(q, kv, cos, sin, q_weight, kv_weight, *, q_norm, kv_norm, q_heads_first=Fa
     return allocate(q, kv, q_weight, kv_weight, q_norm, kv_norm, q_heads_first, True, sum_dtype)
 
 
-@triton_op("dsv4fuse::norm_rope_cache", mutates_args=("cache",))
+@torch.library.triton_op("dsv4fuse::norm_rope_cache", mutates_args=("cache",))
 def norm_rope_cache(
     q: Tensor | None, kv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, cache: Tensor, slot: Tensor | None, seq: Tensor | None, *,
@@ -229,7 +228,7 @@ def write_packed(
     cache.copy_(flat[:-1])
 
 
-@triton_op("dsv4fuse::norm_rope_cache_fp8", mutates_args=("cache",))
+@torch.library.triton_op("dsv4fuse::norm_rope_cache_fp8", mutates_args=("cache",))
 def norm_rope_cache_fp8(
     q: Tensor | None, kv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
     kv_weight: Tensor | None, cache: Tensor, slot: Tensor, *, page_size: int, q_eps: float,

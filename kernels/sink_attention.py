@@ -32,7 +32,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from . import _attention as attention
 from . import _common as common
@@ -116,7 +115,7 @@ def as_mask(mask: Tensor | None, kind: str, fill: float | None) -> Mask | None:
     return None if mask is None else Mask(mask, kind, -math.inf if fill is None else fill)
 
 
-@triton_op("dsv4fuse::sink_attention", mutates_args=())
+@torch.library.triton_op("dsv4fuse::sink_attention", mutates_args=())
 def sink_attention(
     q: Tensor, kv: Tensor, mask: Tensor | None, sinks: Tensor, *, scale: float,
     mask_kind: str = "add", fill: float | None = None, rounded: str = "", wide: bool = False,

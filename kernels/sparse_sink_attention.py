@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from . import _attention as attention
 from . import _common as common
@@ -68,7 +67,7 @@ def reference(
                          nan_empty)
 
 
-@triton_op("dsv4fuse::sparse_sink_attention", mutates_args=())
+@torch.library.triton_op("dsv4fuse::sparse_sink_attention", mutates_args=())
 def sparse_sink_attention(
     q: Tensor, near: Tensor | None, far: Tensor, index: Tensor, page: Tensor | None,
     mask: Tensor | None, sinks: Tensor, *, scale: float, mask_kind: str = "add",
