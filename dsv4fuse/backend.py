@@ -40,8 +40,8 @@ class FusionPass(CustomGraphPass):
         for earlier in self.before:
             earlier(graph)
         try:
-            with accesses.asked_once():
-                self.report += pipeline.run(graph, self.options)
+            accesses.install()
+            self.report += pipeline.run(graph, self.options)
         except Exception as error:
             if self.options.strict or debugging():
                 raise
@@ -126,8 +126,7 @@ def _fused(
     warm, of the process that filled it."""
     fusing = FusionPass(options, compat.configured_passes(), alone=False)
     key = _key(gm, inputs, fusing)
-    with accesses.asked_once():
-        compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
+    compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
     if not fusing.report.graphs:
         stored = cache.load_report(key) if key is not None else None
         if stored is not None and not trial.stale(stored.found()):
@@ -136,7 +135,7 @@ def _fused(
         # Nothing says what lies in the cache, or it is not what the job's other ranks run; and
         # then what lies beside it stays.
         key = None if stored is not None else key
-        with accesses.asked_once(), compat.without_caches():
+        with compat.without_caches():
             compiled = compat.compile_inner(gm, inputs, fusing, options.inner, mode)
     if key is not None and fusing.report.graphs:
         cache.save_report(key, fusing.report)

@@ -1,5 +1,6 @@
 """What depends on how a version of torch works inside, with a test each; what launches of Triton's
-kernels ask of it is in ``accesses`` and ``compile_workers``, its clocks in ``bench.stopwatch``.
+kernels ask of it is in ``accesses`` and ``compile_workers``, how fused ops are traced in ``calls``,
+its clocks in ``bench.stopwatch``.
 
 torch 2.11 to 2.15: ``joint_custom_pre_pass`` is called with the functional ATen graph before any
 pass of Inductor's own; 2.11 and 2.12 take one callable, lists only from 2.13.
@@ -138,26 +139,6 @@ def kept_ops() -> contextlib.AbstractContextManager[None]:
     from torch.export._trace import _disable_custom_triton_op_functional_decomposition
 
     return _disable_custom_triton_op_functional_decomposition()
-
-
-def trace_fused(
-    fn: Callable[..., Any], fakes: Sequence[Any], like: Sequence[Any] = (), *, keep_ops: bool
-) -> fx.GraphModule:
-    """fn, which calls fused ops, as a functional graph over the fakes' (or like's) fake mode.
-
-    ``keep_ops`` leaves each op one node; otherwise an op becomes the launch of its Triton kernel,
-    which Inductor's wrapper then makes itself instead of going through the dispatcher.
-    """
-    kept = kept_ops if keep_ops else contextlib.nullcontext
-    modes = {x.fake_mode for x in (*fakes, *like) if hasattr(x, "fake_mode")}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(kept())
-        for mode in modes:
-            stack.enter_context(mode)
-        table = decompositions.table()
-        return make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes)
 
 
 @functools.cache

@@ -37,9 +37,26 @@ def in_front(
             left |= set(node.all_input_nodes)
     # A part of what others read parts of stays outside: what is drawn for a site are tensors.
     found = {n for n in found if all(a in found or is_tensor(a) for a in n.all_input_nodes)}
-    written = sum(_bytes(n) for n in candidate.inputs if _computed(n, found))
-    whole = sum(map(_bytes, (*candidate.inputs, *candidate.outputs)))
-    return sorted(found) if written > PART * whole and candidate.settled is None else []
+    large = _written(candidate, found) > PART * _whole(candidate)
+    return sorted(found) if large and candidate.settled is None else []
+
+
+def moved(candidate: Candidate, front: Collection[fx.Node]) -> tuple[float, float]:
+    """What the front reads, and what it writes as kernels of its own, as parts of the bytes that
+    the site itself reads and writes. Of a leaf it reads no more elements than it computes."""
+    leaves = {a for n in front for a in n.all_input_nodes if is_tensor(a)} - set(front)
+    most = max((_size(n) for n in front if _pointwise(n)), default=0)
+    read = sum(min(_size(n), most) * n.meta["val"].element_size() for n in leaves)
+    whole = _whole(candidate)
+    return read / whole, _written(candidate, front) / whole
+
+
+def _written(candidate: Candidate, front: Collection[fx.Node]) -> int:
+    return sum(_bytes(n) for n in candidate.inputs if _computed(n, front))
+
+
+def _whole(candidate: Candidate) -> int:
+    return sum(map(_bytes, (*candidate.inputs, *candidate.outputs)))
 
 
 def _inlined(node: fx.Node) -> bool:
@@ -52,7 +69,7 @@ def _pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) and is_tensor(node) and not moved
 
 
-def _computed(node: fx.Node, found: set[fx.Node]) -> bool:
+def _computed(node: fx.Node, found: Collection[fx.Node]) -> bool:
     """Is it, or does it show, a value that is more than shown?"""
     while node in found and not _pointwise(node):
         node = node.all_input_nodes[0]
@@ -63,4 +80,8 @@ def _bytes(node: fx.Node) -> int:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return 0
-    return math.prod(map(compat.hint, value.shape)) * value.element_size()
+    return _size(node) * value.element_size()
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(map(compat.hint, node.meta["val"].shape))

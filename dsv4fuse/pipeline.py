@@ -14,6 +14,7 @@ from dsv4fuse.front import in_front
 from dsv4fuse.fusion import Candidate, registry
 from dsv4fuse.nearmiss import near_misses
 from dsv4fuse.options import Options, only
+from dsv4fuse.plans import Declined, Plans
 from dsv4fuse.report import Report, Site
 from dsv4fuse.scene import Scene
 
@@ -47,7 +48,9 @@ def _fused(graph: fx.Graph, options: Options) -> list[Site]:
     with clock.step("matching"), garbage.growing():
         nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     with clock.step("planning"):
-        plans = {} if options.autotune else _plans_ahead(waiting, options)
+        plans = Plans(shared=not options.autotune)  # its shapes are chosen inside of an op
+        if not options.autotune:
+            _plan_ahead(waiting, options, plans)
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites, plans)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
@@ -74,30 +77,29 @@ def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.
     return [(c, _region(scene, c)) for c in _named(scene, found)]
 
 
-def _plans_ahead(
-    waiting: list[tuple[Candidate, list[fx.Node]]], options: Options
-) -> dict[str, fx.GraphModule]:
-    """The plans of the sites that will be run on a GPU, by name, but of those inside a larger one.
-    Meanwhile their kernels are compiled."""
-    covered, run, plans = set[fx.Node](), list[Candidate](), dict[str, fx.GraphModule]()
+def _plan_ahead(
+    waiting: list[tuple[Candidate, list[fx.Node]]], options: Options, plans: Plans
+) -> None:
+    """The sites that will be run on a GPU are planned, but those inside a larger one. Meanwhile
+    their kernels are compiled."""
+    covered, run = set[fx.Node](), list[Candidate]()
     for candidate, region in waiting:
         on_gpu = candidate.root.meta["val"].is_cuda and candidate.unsupported is None
         if on_gpu and not covered.issuperset(region):
             front = in_front(candidate, region, covered)
-            take = select.decide(candidate, options, bool(front)).take
+            take = select.decide(candidate, options, front).take
             run += [candidate] if take is None or take and options.verify else []
         covered.update(region)
     if not run:
-        return plans
+        return
     try:
         from dsv4fuse import ahead
     except ImportError:  # of Triton: for that every site is declined
-        return plans
+        return
     with ahead.compiling(run, run[0].root.meta["val"].device):
         for candidate in run:
-            with contextlib.suppress(rewrite.Declined):  # once more, and said, when its turn comes
-                plans[candidate.site] = rewrite.plan(candidate)
-    return plans
+            with contextlib.suppress(Declined):  # once more, and said, when its turn comes
+                plans.ahead(candidate)
 
 
 def _planned(
@@ -106,8 +108,8 @@ def _planned(
     gone: list[tuple[Candidate, set[fx.Node]]],
     options: Options,
     sites: list[Site],
-    plans: dict[str, fx.GraphModule],
-) -> tuple[list[tuple[Candidate, fx.GraphModule]], list[tuple[Candidate, list[fx.Node]]]]:
+    plans: Plans,
+) -> tuple[list[tuple[Candidate, fx.Graph]], list[tuple[Candidate, list[fx.Node]]]]:
     """The plans of what is taken, in the graph's order, and what lies inside that and waits.
 
     What is taken is added to ``gone``, what is declined to ``sites``; not what lies inside
@@ -138,14 +140,14 @@ def _planned(
 def _applied(
     graph: fx.Graph,
     candidate: Candidate,
-    traced: fx.GraphModule,
+    traced: fx.Graph,
     newer: dict[fx.Node, fx.Node],
     sites: list[Site],
 ) -> bool:
     """Puts a plan into the graph, unless that turns out to be illegal."""
     try:
         rewrite.apply(graph, candidate, traced, newer)
-    except rewrite.Declined as error:
+    except Declined as error:
         sites.append(_site(candidate, "declined", str(error)))
         return False
     sites.append(_site(candidate, "taken", _how(candidate)))
@@ -206,10 +208,10 @@ def _revived(
 
 def _decide(
     candidate: Candidate, region: list[fx.Node], front: list[fx.Node], options: Options,
-    plans: dict[str, fx.GraphModule],
-) -> tuple[Candidate, str, str, fx.GraphModule | None]:  # fmt: skip
+    plans: Plans,
+) -> tuple[Candidate, str, str, fx.Graph | None]:  # fmt: skip
     """The candidate (with the times it was chosen by), its status, the reason, the plan."""
-    verdict = select.decide(candidate, options, bool(front))
+    verdict = select.decide(candidate, options, front)
     if verdict.take is False:
         return _timed(candidate, verdict), "declined", verdict.why, None
     if options.autotune:
@@ -217,8 +219,8 @@ def _decide(
             candidate = tuning.tuned(candidate, region)
     try:
         with clock.step("planning"):
-            traced = plans.get(candidate.site) or rewrite.plan(candidate)
-    except rewrite.Declined as error:
+            traced = plans.of(candidate)
+    except Declined as error:
         return candidate, "declined", str(error), None
     if not options.verify and verdict.take:
         return _timed(candidate, verdict), "taken", "", traced

@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch import fx
 
-from dsv4fuse import compat
-from dsv4fuse.fusion import Candidate, has_kernel
+from dsv4fuse.fusion import Candidate
+from dsv4fuse.plans import Declined
 from dsv4fuse.readers import needed, readers
-from dsv4fuse.terms import short
-from dsv4fuse.views import base_of
-
-
-class Declined(Exception):
-    """A candidate that cannot be taken; the message is the sentence for the report."""
-
-
-def plan(candidate: Candidate) -> fx.GraphModule:
-    """The fused op as a small graph over the candidate's inputs; raises Declined.
-
-    Its outputs are the candidate's outputs, then the new version of each of its caches.
-    """
-    if candidate.unsupported:
-        raise Declined(candidate.unsupported)
-    for node in candidate.inputs:
-        if node not in candidate.caches and base_of(node) in candidate.caches:
-            raise Declined(f"{node.name} is a part of the cache that the fused op would write.")
-    try:
-        if has_kernel(candidate.fusion):
-            importlib.import_module(f"dsv4fuse.kernels.{candidate.fusion}")
-    except ImportError as error:
-        raise Declined(f"The kernel cannot be loaded on this machine: {error}.") from error
-    fakes = [n.meta["val"] for n in candidate.inputs]
-    caches = [candidate.inputs.index(c) for c in candidate.caches]
-
-    def fused(*tensors: Any) -> tuple[Any, ...]:
-        return (*candidate.call(*tensors), *(tensors[i] for i in caches))
-
-    on_gpu = any(isinstance(f, Tensor) and f.is_cuda for f in fakes)
-    try:
-        like = [n.meta["val"] for n in candidate.outputs]
-        # On a CPU an op is its reference, and in a package no op but that.
-        kept = not on_gpu and not compat.packaging()
-        traced = compat.trace_fused(fused, fakes, like, keep_ops=kept)
-    except ValueError as error:  # what a kernel's own checks raise
-        raise Declined(str(error).strip()) from error
-    large = compat.large_number(traced.graph)
-    if large is not None:
-        raise Declined(f"torch {torch.__version__} cannot compile its launch, which takes {large}.")
-    results = next(n for n in traced.graph.nodes if n.op == "output").args[0]
-    for old, new in zip((*candidate.outputs, *candidate.updates), results, strict=True):
-        _same(old, new)
-    return traced
-
-
-def _same(old: fx.Node, new: fx.Node) -> None:
-    """Declines unless the new value stands for the old one in every respect."""
-    a, b = old.meta["val"], new.meta["val"]
-    if a.dtype != b.dtype:
-        raise Declined(f"The module keeps {short(a.dtype)} here, the kernel {short(b.dtype)}.")
-    for what, x, y in (("shape", a.shape, b.shape), ("strides", a.stride(), b.stride())):
-        if len(x) != len(y) or not all(
-            statically_known_true(m == n) or (what == "strides" and a.shape[i] == 1)
-            for i, (m, n) in enumerate(zip(x, y, strict=True))
-        ):
-            raise Declined(
-                f"The module's result has {what} {list(x)}, the kernel's would have {list(y)}."
-            )
 
 
 def apply(
     graph: fx.Graph,
     candidate: Candidate,
-    traced: fx.GraphModule,
+    traced: fx.Graph,
     newer: dict[fx.Node, fx.Node],
 ) -> None:
     """Insert the planned graph and re-point the replaced nodes; raises Declined if illegal.
@@ -97,11 +34,11 @@ def apply(
     first = min(read, default=(last or candidate.root).next)
     for cache, update in zip(candidate.caches, candidate.updates, strict=True):
         _unread(cache, update, first)
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in traced.nodes if n.op == "placeholder"]
     env = dict(zip(placeholders, inputs, strict=True))
     results: tuple[fx.Node, ...] = ()
     with graph.inserting_before(first):
-        for node in traced.graph.nodes:
+        for node in traced.nodes:
             if node.op == "output":
                 results = tuple(env[n] for n in node.args[0])
             elif node.op == "call_function":

@@ -5,7 +5,7 @@
 Where nothing was measured, and for ``select="measure"``, the site itself is timed (``measure``).
 So it is where the time hangs on more than tokens (``Fusion.varied``), or on what is in front of the
 site (``front``), or nothing was measured of sizes like the site's, and the table's time is not far
-from Inductor's.
+from Inductor's. Nor is it timed where the memory that the front alone takes leaves no doubt.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import importlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from dsv4fuse import compat
+from dsv4fuse.front import moved
 from dsv4fuse.fusion import Candidate, has_kernel, registry
 from dsv4fuse.options import Options
 
@@ -40,8 +42,10 @@ class Verdict:
     times: Mapping[str, object] = field(default_factory=dict)
 
 
-def decide(candidate: Candidate, options: Options, front: bool = False) -> Verdict:
-    """The verdict on a site before anything is run; ``front``: Inductor would inline its inputs."""
+def decide(
+    candidate: Candidate, options: Options, front: Collection[fx.Node] = ()
+) -> Verdict:
+    """The verdict on a site before anything is run; ``front``: what Inductor would inline."""
     if options.select == "always":
         return Verdict(True)
     if options.select == "never":
@@ -80,7 +84,9 @@ def measured(fusion: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _by_table(data: dict[str, Any], candidate: Candidate, front: bool) -> Verdict:
+def _by_table(
+    data: dict[str, Any], candidate: Candidate, front: Collection[fx.Node]
+) -> Verdict:
     """What was measured of the site's variant at the nearest sizes."""
     tokens = max(1, compat.hint(candidate.tokens))
     rows = [r for r in data["rows"] if r["variant"] == candidate.variant]
@@ -96,6 +102,12 @@ def _by_table(data: dict[str, Any], candidate: Candidate, front: bool) -> Verdic
     at = f"at {worst['tokens']} tokens ({data['gpu']}, {date})"
     shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": date}
     inductor, ours = worst["inductor"], worst["ours"]
+    if front and worst.get("floor"):
+        read, written = (part * worst["floor"] for part in moved(candidate, front))
+        least, theirs = ours + read + written, inductor + max(0.0, read - written)
+        if CLEAR * least > theirs:
+            why = f"Inductor computes what is in front of it in the same kernel: {theirs:.2f} µs"
+            return Verdict(False, f"{why} against {least:.2f} µs at least, in two, {at}.")
     if (registry()[candidate.fusion].varied or front or not alike) and ours > CLEAR * inductor:
         return Verdict(None)
     if ours > AS_FAST * inductor:

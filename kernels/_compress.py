@@ -9,6 +9,7 @@ from ._common import batch_and_position, narrow, round_to
 from ._fp4 import fake_fp4
 from ._pool import pool, pool_by_steps
 from ._rows import cache_row, fake_quant, load_table, norm_rotate
+from ._stores import stores
 from ._turn import turn_row
 
 # Values that follow the token count: specialising on 1 or on multiples of 16 would recompile. The
@@ -108,6 +109,7 @@ def chosen(this, x):
     return tl.sum(tl.where(this, x, 0), axis=0)
 
 
+@stores(pooled_ptr="not FINISH", out_ptr="FINISH and KEEP", cache_ptr="FINISH and HAS_CACHE")
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def compress_kernel(
     kv_ptr, kvb_ptr, gate_ptr, gateb_ptr, bias_ptr, biasb_ptr, ends_ptr, page_ptr,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ._common import long, max_nan, narrow, round_to
+from ._stores import stores
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # A logit at or below it has no weight beside a sink above SMALL: exp underflows to 0.
@@ -107,6 +108,7 @@ def _step(q, k, at, inside, some, m, den, acc, SCALE: tl.constexpr, FILL: tl.con
 
 
 # Neither a count of tokens or keys nor a stride that follows one may recompile the kernels.
+@stores(part_ptr="SPLIT", stat_ptr="SPLIT", out_ptr="not SPLIT")
 @triton.jit(do_not_specialize=(
     "length", "blocks", "near", "far", "rows", "pages", "most", "m_sb", "m_ss", "i_sb", "i_ss",
     "p_sb", "p_ss",
@@ -211,6 +213,7 @@ def attention_kernel(
         tl.store(at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 
+@stores("out_ptr")
 @triton.jit(do_not_specialize=("length", "blocks", "all_rows", "splits"))
 def merge_kernel(
     part_ptr, stat_ptr, sink_ptr, out_ptr, length, blocks, all_rows, splits, sink_sh, o_sb,
@@ -258,6 +261,7 @@ def merge_kernel(
     tl.store(out_ptr + at[:, None] + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
 
 
+@stores("tiles_ptr", "count_ptr")
 @triton.jit(do_not_specialize=("length", "blocks", "keys", "most", "m_sb", "m_ss"))
 def live_tiles_kernel(
     mask_ptr, sink_ptr, tiles_ptr, count_ptr, length, blocks, keys, most, m_sb, m_ss, m_st,

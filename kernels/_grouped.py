@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import INTERPRET, batch_and_position, narrow, rotate
+from ._stores import stores
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def turn(cos_ptr, cos_sd, sin_ptr, sin_sd, cos_row, sin_row, c, NOPE: tl.constex
     return cos.to(tl.float32), sin.to(tl.float32), inside
 
 
+@stores(o_ptr="IN_PLACE", out_ptr="not IN_PLACE")
 @triton.jit(do_not_specialize=("tokens", "length"))
 def tail_kernel(
     o_ptr, out_ptr, cos_ptr, sin_ptr, tokens, length, o_sb, o_ss, o_sh, r_sb, r_ss, r_sh,
@@ -95,6 +97,7 @@ def weight_scale(s_at, k, s_sk, SK: tl.constexpr, WEIGHT: tl.constexpr):
         return tl.load(s_at + (k // SK) * s_sk)[:, None]
 
 
+@stores("out_ptr")
 @triton.jit(do_not_specialize=("tokens", "length"))
 def grouped_kernel(
     o_ptr, tail_ptr, cos_ptr, sin_ptr, w_ptr, ws_ptr, out_ptr, tokens, length,
@@ -170,6 +173,7 @@ def grouped_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 
+@stores("out_ptr")
 @triton.jit(do_not_specialize=("tokens", "as_sk"))
 def grouped_fp8_kernel(
     a_ptr, as_ptr, w_ptr, ws_ptr, out_ptr, tokens, a_st, a_sg, as_sg, as_sk,

@@ -8,6 +8,7 @@ from triton.language.extra import libdevice
 
 from ._common import INTERPRET, long, mul_rn, narrow, round_to, rsqrt
 from ._norms import reciprocal_rms, scaled, squares
+from ._stores import stores
 
 
 @triton.jit
@@ -174,6 +175,7 @@ def _write_collapsed(
         tl.store(normed_ptr + to, narrow(tl.reshape(rows, (BLOCK,)), kind), mask=inside)
 
 
+@stores(y_ptr="KEEP_Y", normed_ptr="NORM", post_ptr="WEIGHTS", comb_ptr="WEIGHTS")
 @triton.jit(do_not_specialize=("tokens", "weight_programs"))
 def finish_kernel(
     x_ptr, part_ptr, scale_ptr, base_ptr, w_ptr, y_ptr, normed_ptr, post_ptr, comb_ptr,

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from ._common import INTERPRET
+from ._stores import stores
 
 
+@stores("parts_ptr")
 @triton.jit
 def split_kernel(fn_ptr, parts_ptr, size, fn_so, K: tl.constexpr, BLOCK: tl.constexpr):
     """fn ``[size / K, K]`` as three bf16 ``[3, size]`` whose sum it is: 3 · 8 bits hold 24."""
@@ -56,6 +58,7 @@ def sum_of_squares(x):
     return tl.sum(x * x, axis=1)
 
 
+@stores("part_ptr")
 @triton.jit(do_not_specialize=("tokens",))
 def mixes_kernel(
     x_ptr, fn_ptr, part_ptr, tokens, x_st, x_sh, fn_so,

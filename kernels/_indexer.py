@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import INTERPRET, long, max_nan, round_to
+from ._stores import stores
 
 # Values that follow a token or key count: specialising on them would recompile.
 SIZES = ("tokens", "keys", "w_sb", "ks_sb", "start_sb", "end_sb", "out_sb", "out_st")
@@ -47,6 +48,7 @@ def weighted(dots, w, k_scale, dtype: tl.constexpr, SCALE: tl.constexpr, SCALE_D
     return y
 
 
+@stores("out_ptr")
 @triton.jit(do_not_specialize=SIZES)
 def indexer_logits_kernel(
     q_ptr, k_ptr, w_ptr, ks_ptr, start_ptr, end_ptr, out_ptr, tokens, keys,

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from ._common import INTERPRET, max_nan, narrow, round_few, round_to
+from ._stores import stores
 
 FUNCS = {
     "sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "sqrt_log1p_exp": 3, "sqrt_stable": 4,
@@ -208,6 +209,7 @@ def load_row(base, live, col, step, E: tl.constexpr):
     return tl.load(base + col[None, :] * step, mask=inside, other=float("-inf")).to(tl.float32)
 
 
+@stores("weight_ptr", "expert_ptr")
 @triton.jit(do_not_specialize=("tokens",))
 def moe_router_kernel(
     logits_ptr, bias_ptr, table_ptr, ids_ptr, weight_ptr, expert_ptr, tokens, vocab,

@@ -17,6 +17,7 @@ from ._common import (
     scale_byte,
 )
 from ._norms import reciprocal_rms, scaled, squares
+from ._stores import stores
 
 # Values that follow the token count: specialising on 1 or on multiples of 16 would recompile.
 TOKEN_ARGUMENTS = (
@@ -153,6 +154,7 @@ def cache_row(slot, page, live, pages, slots, PAGED: tl.constexpr, FLAT_SLOT: tl
     return page, slot, hit
 
 
+@stores(q_out_ptr="HAS_Q", kv_out_ptr="HAS_KV and KEEP_KV", cache_ptr="HAS_KV and HAS_CACHE")
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def norm_rope_kernel(
     q_ptr, q_out_ptr, q_w_ptr, kv_ptr, kv_out_ptr, kv_w_ptr, cos_ptr, sin_ptr,

@@ -40,6 +40,7 @@ from ._common import (
     scale_byte,
 )
 from ._launch import target, wrap_triton
+from ._stores import stores
 from ._swiglu import SILU_BF16, swiglu
 
 # Few tokens: one 8-byte load of gate and of up per lane, so that all SMs share the exponentials.
@@ -53,6 +54,7 @@ CONFIGS: tuple[tuple[int | None, Config], ...] = (
 BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a significand
 
 
+@stores("out_ptr", scale_ptr="GROUP")
 @triton.jit(do_not_specialize=("tokens", "padded", "s_sg"))  # they follow the count
 def clamp_swiglu_kernel(
     gate_ptr, up_ptr, w_ptr, out_ptr, scale_ptr, tokens, padded,

@@ -21,6 +21,7 @@ from . import _common as common
 from ._common import INTERPRET, narrow
 from ._launch import wrap_triton
 from ._projection import Tile
+from ._stores import stores
 
 # By rows for each expert: a tile holds most experts' rows, so that a weight is read once.
 TILES: tuple[tuple[int | None, Tile], ...] = (
@@ -43,6 +44,7 @@ def tile_of(every, starts, ends, j, ROWS: tl.constexpr):
             tl.sum(tl.where(this, ends, 0), axis=0))  # fmt: skip
 
 
+@stores("out_ptr")
 @triton.jit(do_not_specialize=("rows",))
 def expert_mm_kernel(
     x_ptr, w_ptr, ends_ptr, out_ptr, rows, x_ss, x_sk, w_se, w_sk, w_sn,

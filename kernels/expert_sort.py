@@ -28,6 +28,7 @@ from torch import Tensor
 from . import _common as common
 from ._common import Config, long
 from ._launch import wrap_triton
+from ._stores import stores
 
 MOST = 1024  # bins
 INTEGERS = (torch.int32, torch.int64)
@@ -85,6 +86,9 @@ def _in_front(other, i, v, at, own, BINS: tl.constexpr):
     return (bin == own) & ((other < v) | ((other == v) & (i < at)))
 
 
+@stores(
+    "order_ptr", values_ptr="VALUES", inverse_ptr="INVERSE", ends_ptr="ENDS", counts_ptr="COUNTS"
+)
 @triton.jit(do_not_specialize=("count",))
 def expert_sort_kernel(
     ids_ptr, values_ptr, order_ptr, inverse_ptr, ends_ptr, counts_ptr, count, step,

@@ -24,6 +24,7 @@ from . import _common as common
 from ._common import Config, mul_rn, narrow, round_few, round_to
 from ._hyper import STREAMS
 from ._launch import wrap_triton
+from ._stores import stores
 
 CONFIGS: tuple[tuple[int | None, Config], ...] = (
     (64, Config(rows=1, warps=4, columns=512)),
@@ -53,6 +54,7 @@ def new_stream(out, x0, x1, x2, x3, post_at, comb_at, post_sk, comb_sj, comb_sk,
         return p * out + mixed
 
 
+@stores("new_ptr")
 @triton.jit(do_not_specialize=("tokens",))
 def post_kernel(
     out_ptr, x_ptr, post_ptr, comb_ptr, new_ptr, tokens, o_st, x_st, x_sh, post_st, post_sk,

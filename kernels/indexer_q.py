@@ -43,6 +43,7 @@ from ._common import (
 from ._fp4 import fake_fp4, fp4_form
 from ._launch import wrap_triton
 from ._rows import load_rotated
+from ._stores import stores
 from ._turn import check_matrix, rounded_product, turned
 from .indexer_logits import WIDE_DOT
 
@@ -76,6 +77,7 @@ def _multiplied(y, m_ptr, m_si, m_so, D: tl.constexpr, FACTOR: tl.constexpr, PRE
     return rounded_product(y, FACTOR, narrow, PRECISE, XD)
 
 
+@stores("out_ptr", scale_ptr="GROUP and not FAKE and not FP4")
 @triton.jit(do_not_specialize=SIZES)
 def indexer_q_kernel(
     x_ptr, cos_ptr, sin_ptr, m_ptr, out_ptr, scale_ptr, tokens, length,

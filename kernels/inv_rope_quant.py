@@ -40,6 +40,7 @@ from ._common import (
     round_to,
 )
 from ._launch import wrap_triton
+from ._stores import stores
 
 # Rows per program by token count: tokens of a head, or for row-major scales heads of a token;
 # columns = elements of one head per program, 0 = all of them. One warp: a block's amax is a
@@ -75,6 +76,7 @@ def _rotated(x, cos_at, sin_at, cos_sd, sin_sd, live, first, NOPE: tl.constexpr,
 
 
 # Neither a token count nor a stride that follows it may recompile the kernel.
+@stores("codes_ptr", "scale_ptr")
 @triton.jit(do_not_specialize=("tokens", "padded", "length", "s_sk"))
 def inv_rope_quant_kernel(
     o_ptr, codes_ptr, scale_ptr, cos_ptr, sin_ptr, tokens, padded, length,

@@ -28,6 +28,7 @@ from . import _common as common
 from ._common import narrow
 from ._launch import wrap_triton
 from ._norms import out_dtype, reciprocal_rms, scaled, squares
+from ._stores import stores
 
 MAX_WIDTH = 8192
 HIDDEN = {"none": 0, "eq": 1, "le": 2}
@@ -50,6 +51,7 @@ def _row(x_ptr, w_ptr, out_ptr, at, to, hidden, D: tl.constexpr, BLOCK: tl.const
     tl.store(out_ptr + to + col, narrow(tl.reshape(row, (BLOCK,)), OD), mask=inside)
 
 
+@stores("e_out_ptr", "h_out_ptr")
 @triton.jit
 def mtp_norms_kernel(
     e_ptr, e_w_ptr, e_out_ptr, at_ptr, h_ptr, h_w_ptr, h_out_ptr, e_st, at_st, h_st, h_sn,

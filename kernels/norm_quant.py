@@ -40,6 +40,7 @@ from ._norms import (
     scaled,
     squares,
 )
+from ._stores import stores
 from .clamp_swiglu_quant import allocate_scales, finish_scales
 
 MAX_WIDTH = 8192
@@ -125,6 +126,7 @@ def _rows(x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, row, tokens, padded, x_st,
                ROWS, KEEP, GROUP, FLOOR, SCALE, VIA_MUL, BY_MUL, PRECISE)
 
 
+@stores(out_ptr="KEEP", code_ptr="GROUP", scale_ptr="GROUP", kv_out_ptr="M")
 @triton.jit(do_not_specialize=("tokens", "padded", "s_sg", "q_programs"))
 def norm_quant_kernel(
     x_ptr, w_ptr, out_ptr, code_ptr, scale_ptr, kv_ptr, kv_w_ptr, kv_out_ptr,

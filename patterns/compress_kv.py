@@ -234,7 +234,7 @@ def _call(site: Site, given: dict[str, Tensor], numerics: str, keep: bool) -> Te
             rows = getattr(half, name, None)
             tensors[name + suffix] = rows and rows.part(given[name + suffix], dim)
         if half is not None and half.bias is not None:
-            tensors["bias" + suffix] = half.bias.shown(given["bias" + suffix])[0, 0]
+            tensors["bias" + suffix] = half.bias.shown(given["bias" + suffix]).flatten(0, 2)
     tokens = torch.broadcast_shapes(own or tensors["kv"].shape[:2], cos.shape[:2], sin.shape[:2])
     cos, sin = (t.expand(*tokens, -1) for t in (cos, sin))
     ends, page = (None if t is None else t.expand(*tokens) for t in (ends, page))

@@ -152,10 +152,15 @@ def _candidate(
     bounds = {n: site.hit.env.holes[n] for n in ("x", "cos", "sin")}
     seats = [s for s in (site.weight.values, site.weight.scales) if s is not None]
     inputs = tuple(dict.fromkeys((*(b.node for b in bounds.values()), *(s.node for s in seats))))
+    arguments = {
+        "rope_rounding": site.hit.arguments["rounding"],
+        "precise": numerics == "precise",
+        "token_major": site.rows.token_major(*tokens_of(site.hit, site.order)),
+        "strategy": strategy,
+    }
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(inputs, tensors, strict=True))
-        return (_call(site, given, strategy, numerics),)
+        return (_call(site, dict(zip(inputs, tensors, strict=True)), arguments),)
 
     steps = "inverse rope" + " → fp8 quant" * (site.quant is not None)
     steps += f" → projection of {site.rows.groups} groups" + " (e4m3)" * (len(seats) == 2)
@@ -185,9 +190,7 @@ def _unsupported(site: Site, numerics: str) -> str | None:
     return site.quant.unsupported
 
 
-def _call(
-    site: Site, given: dict[fx.Node, Tensor], strategy: str, numerics: str
-) -> Tensor:
+def _call(site: Site, given: dict[fx.Node, Tensor], arguments: dict[str, object]) -> Tensor:
     """The fused op on the site's own tensors, its result with the output's own axes."""
     x = arrange(given[site.hit.x.node], site.hit.x, site.order)
     cos, sin = (arrange(given[b.node], b, site.order[:2]).expand(*x.shape[:2], -1)
@@ -197,20 +200,14 @@ def _call(
     scales = weight.scales and weight.scales.arrange(given[weight.scales.node], groups)
     batch, length = x.shape[:2]
     ops, out_dtype = torch.ops.dsv4fuse, site.output.meta["val"].dtype
-    arguments = {
-        "rope_rounding": site.hit.arguments["rounding"],
-        "precise": numerics == "precise",
-        "token_major": site.rows.token_major(*tokens_of(site.hit, site.order)),
-    }
     if site.quant is not None:
         quant = {k: v for k, v in site.quant.arguments.items() if k != "group"}
         out = ops.inv_rope_grouped_fp8(
-            x, cos, sin, w, scales, out_dtype=out_dtype, strategy=strategy, **quant, **arguments
+            x, cos, sin, w, scales, out_dtype=out_dtype, **quant, **arguments
         )
     else:
         out = ops.inv_rope_grouped_bmm(
-            x, cos, sin, w, scales, scaled=weight.scaled, out_dtype=out_dtype,
-            strategy=strategy, **arguments,
+            x, cos, sin, w, scales, scaled=weight.scaled, out_dtype=out_dtype, **arguments
         )  # fmt: skip
     return site.rows.shaped(out, batch, length)
 

@@ -13,10 +13,9 @@ import torch
 import triton
 from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels._launch import instead_of_launches
-from torch._higher_order_ops import triton_kernel_wrap
 from triton.runtime import driver
 
-from dsv4fuse import accesses, ahead, compile_workers, pipeline, rewrite, samples, trial
+from dsv4fuse import ahead, compile_workers, pipeline, samples, trial
 from dsv4fuse.backend import parse
 from dsv4fuse.bench.kernels import _Absent
 from dsv4fuse.fusion import Sizes, registry
@@ -85,23 +84,6 @@ def launched(names):
     return hits
 
 
-def planned(name):
-    """How often Triton made its IR for one plan, then for two that ask once, and how many answers
-    there are in all."""
-    (site, _), *_ = pipeline.candidates(Scene(on_gpu(graph(name))), OPTIONS)
-    made, real = [], triton_kernel_wrap.generate_ttir
-    triton_kernel_wrap.generate_ttir = lambda kernel, *rest: made.append(kernel) or real(
-        kernel, *rest
-    )
-    plans = [rewrite.plan(site)]
-    alone = len(made)
-    with accesses.asked_once():
-        plans += [rewrite.plan(site) for _ in range(2)]
-    triton_kernel_wrap.generate_ttir = real
-    written = {repr([n.kwargs.get("tensors_to_clone") for n in p.graph.nodes]) for p in plans}
-    return alone, len(made) - alone, len(written)
-
-
 class Jobs(logging.Handler):
     """What is said of kernels that were not compiled ahead."""
 
@@ -150,8 +132,6 @@ def main():
     result["left"] = sum(not k.on_disk() for k in ahead.kernels(sites, GPU))
     result["hits"] = launched(NAMES)
     result["known"] = len(ahead.kernels(sites, GPU))
-
-    result["planned"] = planned(CHECKED)
 
     # The pass: what a check launches is there.
     checks = []

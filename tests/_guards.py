@@ -37,7 +37,8 @@ def _pair(name: str) -> str:
     return f"test_spellings.py::test_spelling[expert_sort-{name}]"
 
 
-_VERIFY, _REWRITE, _WRITES = "dsv4fuse/verify.py", "dsv4fuse/rewrite.py", "dsv4fuse/writes.py"
+_VERIFY, _WRITES = "dsv4fuse/verify.py", "dsv4fuse/writes.py"
+_PLANS, _REWRITE = "dsv4fuse/plans.py", "dsv4fuse/rewrite.py"
 _RULES, _SLOTS = "dsv4fuse/rules.py", "dsv4fuse/slots.py"
 _IDS = "patterns/_expert_ids.py"
 
@@ -71,15 +72,27 @@ GUARDS = [
           "            return NO_MEMORY", "            return None",
           "test_faults.py::test_out_of_memory_in_the_check"),
     # ---- what may be rewritten
-    Guard("rewrite: dtype", _REWRITE, "if a.dtype != b.dtype:", "if False:",
+    Guard("plan: dtype", _PLANS, "if a.dtype != b.dtype:", "if False:",
           "test_rewrite.py::test_declined[dtype]"),
-    Guard("rewrite: shape", _REWRITE, '(("shape", a.shape, b.shape), ("strides",', '(("strides",',
+    Guard("plan: shape", _PLANS, '(("shape", a.shape, b.shape), ("strides",', '(("strides",',
           "test_rewrite.py::test_declined[shape]"),
-    Guard("rewrite: strides", _REWRITE, ', ("strides", a.stride(), b.stride()))', ",)",
+    Guard("plan: strides", _PLANS, ', ("strides", a.stride(), b.stride()))', ",)",
           "test_rewrite.py::test_declined[strides]"),
-    Guard("rewrite: parts of the cache", _REWRITE,
+    Guard("plan: parts of the cache", _PLANS,
           "if node not in candidate.caches and base_of(node) in candidate.caches:", "if False:",
           _mutant("rows of the cache itself")),
+    Guard("plan: a tensor from elsewhere", "dsv4fuse/calls.py",
+          "return object() if seen.foreign else made", "return made",
+          "test_plans.py::test_not_alike[from elsewhere]"),
+    Guard("plan: what is given", "dsv4fuse/calls.py",
+          "self.made.append((func, shown))", 'self.made.append((func, ""))',
+          "test_plans.py::test_another_constant_is_another_plan"),
+    Guard("plan: what goes in", "dsv4fuse/calls.py",
+          "made = (*seen.inputs, *seen.made, seen.shown(results))",
+          "made = (*seen.made, seen.shown(results))", "test_plans.py::test_other_inputs[strides]"),
+    Guard("plan: values of its own", "dsv4fuse/calls.py",
+          "                node.meta[\"val\"] = values[node]", "                pass",
+          "test_plans.py::test_what_is_no_input_is_memory_of_its_own"),
     Guard("rewrite: readers of the old cache", _REWRITE,
           "if user not in gone and not user < first and not home:", "if False:",
           _mutant("read between")),

@@ -59,13 +59,6 @@ def test_a_kernel_has_one_key_whatever_had_one_before(tmp_path):
     assert len(keys) > 100 and keys == others
 
 
-def test_launches_alike_are_compiled_to_ir_once(found):
-    """torch asks what each writes: as often for one plan without ``asked_once`` as for two inside,
-    and is told the same."""
-    alone, together, answers = found["planned"]
-    assert alone == together == 2 and answers == 1
-
-
 def test_workers_that_die_and_workers_that_are_late(found):
     said, seconds = found["dead"]
     assert len(said) == found["described"] and all("terminated abruptly" in s for s in said)

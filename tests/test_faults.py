@@ -17,7 +17,8 @@ from dsv4fuse.kernels import _common as common
 from dsv4fuse.kernels import clamp_swiglu_quant as swiglu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv4fuse import Report, backend, cache, pipeline, rewrite, select, verify
+from dsv4fuse import Report, backend, cache, pipeline, plans, rewrite, select, verify
+from dsv4fuse.front import in_front
 from dsv4fuse.fusion import Candidate, Sizes, registry
 from dsv4fuse.options import Options
 
@@ -76,7 +77,7 @@ def test_a_kernel_that_does_not_compile(monkeypatch, error):
 
 def test_a_kernel_module_that_does_not_load(monkeypatch):
     missing = raising(ImportError("libcuda.so.1: no such file"))
-    monkeypatch.setattr(rewrite, "importlib", types.SimpleNamespace(import_module=missing))
+    monkeypatch.setattr(plans, "importlib", types.SimpleNamespace(import_module=missing))
     (site,) = compiled().sites
     assert site.status == "declined" and "libcuda.so.1" in site.reason
 
@@ -109,7 +110,7 @@ def test_an_error_inside_the_pass(monkeypatch, where, caplog):
     elif where == "near misses":
         monkeypatch.setattr(pipeline, "near_misses", error)
     elif where == "plan":
-        monkeypatch.setattr(rewrite.compat, "trace_fused", error)
+        monkeypatch.setattr(plans.calls, "graph", error)
     else:
         monkeypatch.setattr(rewrite, "_moved_behind", error)
     report = compiled()
@@ -184,10 +185,39 @@ def test_a_varied_site_is_timed_unless_its_table_is_clear(monkeypatch, ours, tak
     data = {"capability": list(known), "gpu": "", "date": "", "rows": [row]}
     monkeypatch.setattr(select, "measured", lambda fusion: data)
     assert select.decide(on_gpu(), Options()).take is (ours < 10.0)
-    assert select.decide(on_gpu(), Options(), front=True).take is take
+    site = on_gpu()
+    assert select.decide(site, Options(), front=[site.root]).take is take
     varied = dataclasses.replace(registry()[NAME], varied=True)
     monkeypatch.setattr(select, "registry", lambda: {NAME: varied})
     assert select.decide(on_gpu(), Options()).take is take
+
+
+@pytest.mark.parametrize("floor, repeated, take", [
+    (None, False, None), (5.0, False, None), (6.0, False, False), (6.0, True, None),
+])  # fmt: skip
+def test_a_front_that_takes_more_than_is_won(monkeypatch, floor, repeated, take):
+    """Read and written by kernels of its own it takes another floor: nobody need time that. Of a
+    wide tensor it reads no more than it computes (half a floor), of a repeated row the row."""
+    known = tuple(select.measured(NAME)["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: known)
+    row = {"variant": "plain", "tokens": 4, "inductor": 10.0, "ours": 9.0, "floor": floor}
+    data = {"capability": list(known), "gpu": "", "date": "", "rows": [row]}
+    monkeypatch.setattr(select, "measured", lambda fusion: data)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    shows = (torch.ops.aten.expand.default, (x, [4, 128])) if repeated else (
+        torch.ops.aten.slice.Tensor, (x, 1, 0, 128))  # fmt: skip
+    part = graph.call_function(*shows)
+    front = graph.call_function(torch.ops.aten.relu.default, (part,))
+    root = graph.call_function(torch.ops.aten.exp.default, (front,))
+    with FakeTensorMode():
+        wide = (1, 128) if repeated else (4, 4096)
+        for node, shape in ((x, wide), (part, (4, 128)), (front, (4, 128)), (root, (4, 128))):
+            node.meta["val"] = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    site = Candidate(NAME, root, (front,), lambda x: (x.exp(),), (root,), variant="plain", tokens=4)
+    found = in_front(site, [root])
+    assert found == [part, front]
+    assert select.decide(site, Options(), found).take is take
 
 
 @pytest.mark.parametrize("bytes_, took", [(256.0, "flash"), (900.0, "tp8"), (64.0, None)])

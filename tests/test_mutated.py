@@ -1,7 +1,7 @@
 """What torch believes a kernel writes: nothing but its outputs and caches, each given once.
 
-torch reads a kernel's IR for that, with plain ints for sizes. Where the reading fails it takes
-every argument for written: Inductor copies them and gives up CUDA graphs. Nothing else shows it.
+Kernels say it themselves; here torch reads it too, in the kernel's IR, with plain ints for sizes.
+Where an argument counts for written that is not, Inductor copies it and gives up CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class Driver:  # a GPU to compile for, none to run on
 
 triton.runtime.driver.set_active(Driver())
 torch.cuda.get_device_capability = lambda *_: (9, 0)
-from dsv4fuse import compat
+from dsv4fuse import accesses, calls as fused
 import dsv4fuse
 from tests._calls import calls
+from tests._plans import misreadings
 
+accesses.install()
 said = []
 handler = logging.Handler()
 handler.emit = lambda record: said.append(record.getMessage())
@@ -50,7 +52,8 @@ for name, (args, kwargs) in calls("cpu").items():
         found = op(*filled, **kwargs)
         return found if isinstance(found, (tuple, list)) else (found,)
 
-    graph = compat.trace_fused(call, [given[i] for i in places], keep_ops=False).graph
+    graph = fused.graph(call, [given[i] for i in places], keep_ops=False)
+    assert not (wrong := misreadings(graph)), (name, wrong)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node in graph.nodes:
         if node.target is wrap.triton_kernel_wrapper_functional:

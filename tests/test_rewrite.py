@@ -10,6 +10,7 @@ from dsv4fuse.kernels import _common as common
 
 from dsv4fuse import compat, explain, rewrite
 from dsv4fuse.fusion import Candidate
+from dsv4fuse.plans import Declined, Plans
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -38,8 +39,8 @@ CALLS = {
 def test_declined(name):
     call, words = CALLS[name]
     _, made = candidate(lambda x: x * 2, (4, 6), call=lambda x: (call(x),))
-    with pytest.raises(rewrite.Declined, match=words):
-        rewrite.plan(made)
+    with pytest.raises(Declined, match=words):
+        Plans().of(made)
 
 
 def test_a_kernel_that_refuses_its_inputs():
@@ -47,16 +48,16 @@ def test_a_kernel_that_refuses_its_inputs():
         raise ValueError("the group must be 32, 64 or 128")
 
     _, made = candidate(lambda x: x * 2, (4, 6), call=refuse)
-    with pytest.raises(rewrite.Declined, match="the group must be"):
-        rewrite.plan(made)
+    with pytest.raises(Declined, match="the group must be"):
+        Plans().of(made)
     made = dataclasses.replace(made, unsupported="No kernel does this.")
-    with pytest.raises(rewrite.Declined, match="No kernel does this"):
-        rewrite.plan(made)
+    with pytest.raises(Declined, match="No kernel does this"):
+        Plans().of(made)
 
 
 def test_applied():
     graph, made = candidate(lambda x: (x * 2).exp(), (4, 6), call=lambda x: ((x + x).exp(),))
-    rewrite.apply(graph, made, rewrite.plan(made), {})
+    rewrite.apply(graph, made, Plans().of(made), {})
     graph.eliminate_dead_code()
     graph.lint()
     x = torch.randn(4, 6)
@@ -75,8 +76,8 @@ def test_a_reader_in_front_of_an_input():
     a, last = next(n for n in graph.nodes if n.op == "output").args[0]
     x = next(iter(graph.nodes))
     made = Candidate("clamp_swiglu_quant", a, (x, last), lambda x, y: (x * 2,), (a,))
-    with pytest.raises(rewrite.Declined, match="reads the result before"):
-        rewrite.apply(graph, made, rewrite.plan(made), {})
+    with pytest.raises(Declined, match="reads the result before"):
+        rewrite.apply(graph, made, Plans().of(made), {})
 
 
 def test_a_value_of_another_dtype_is_no_match(monkeypatch):

@@ -18,9 +18,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from dsv4fuse import compat, exact, pipeline, rewrite, samples, verify
+from dsv4fuse import compat, exact, pipeline, samples, verify
 from dsv4fuse.backend import parse
 from dsv4fuse.fusion import Candidate
+from dsv4fuse.plans import Declined, Plans
 from dsv4fuse.scene import Scene
 
 from . import _check, _edits, _graphs
@@ -129,8 +130,8 @@ def _places(module: fx.GraphModule) -> list[tuple[Candidate, list[fx.Node]]]:
 
 def _planned(candidate: Candidate) -> bool:
     try:
-        rewrite.plan(candidate)
-    except rewrite.Declined:
+        Plans().of(candidate)
+    except Declined:
         return False
     return True
 
