@@ -13,13 +13,12 @@ Kernel = TypeVar("Kernel")
 
 
 def stores(*always: str, **where: str) -> Callable[[Kernel], Kernel]:
-    """The kernel stores to these arguments, and to those by name where an expression of its
-    constants holds: ``@stores("out_ptr", scale_ptr="GROUP and not FAKE")``."""
-    conditions = dict.fromkeys(always, "True") | where
+    """The kernel stores to these arguments, and to those by name where constants of its launch are
+    set, or not: ``@stores("out_ptr", scale_ptr="GROUP and not FAKE")``."""
+    conditions = {n: () for n in always} | {n: tuple(c.split(" and ")) for n, c in where.items()}
 
     def declare(kernel: Kernel) -> Kernel:
-        compiled = {name: compile(text, name, "eval") for name, text in conditions.items()}
-        kernel.stores = compiled  # type: ignore[attr-defined]
+        kernel.stores = conditions  # type: ignore[attr-defined]
         return kernel
 
     return declare
@@ -31,5 +30,10 @@ def written(kernel: Any, arguments: Mapping[str, Any]) -> list[str] | None:
     conditions = getattr(kernel, "stores", None)
     if conditions is None:
         return None
-    names = [n for n, held in conditions.items() if eval(held, {}, dict(arguments))]
+    names = [n for n, terms in conditions.items() if all(_holds(t, arguments) for t in terms)]
     return sorted(names, key=kernel.arg_names.index)
+
+
+def _holds(term: str, arguments: Mapping[str, Any]) -> bool:
+    name = term.removeprefix("not ")
+    return bool(arguments[name]) == (name == term)

@@ -49,10 +49,13 @@ def launches(graph: fx.Graph) -> list[fx.Node]:
 
 
 def misreadings(graph: fx.Graph) -> list[str]:
-    """The launches of which torch would read that they write something else than it is told."""
+    """The launches of kernels that do not say what they write, or of which torch would read that
+    they write something else."""
     found = []
     for node in launches(graph):
         kernel = wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        if not hasattr(kernel.fn if hasattr(kernel, "configs") else kernel, "stores"):
+            found.append(f"{node.name} does not say")
         given = fx.map_arg(node.kwargs["kwargs"], lambda n: n.meta["val"]) | constants(node)
         read, told = (_names(ask(kernel, dict(given), {}), given)
                       for ask in (READ, getattr(wrap, NAME)))  # fmt: skip
