@@ -31,9 +31,7 @@ def install() -> None:
 def _told(ask: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(ask)
     def asked(kernel: Any, kwargs: dict[str, Any], descriptors: Any) -> Any:
-        # Each launch has its kernel wrapped in warps and stages of its own.
-        names = written(getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel,
-                        kwargs)  # fmt: skip
+        names = written(kernel, kwargs)
         return ask(kernel, kwargs, descriptors) if names is None else answer(names, kwargs)
 
     return asked

@@ -41,7 +41,7 @@ def in_front(
     return sorted(found) if large and candidate.settled is None else []
 
 
-def moved(candidate: Candidate, front: Collection[fx.Node]) -> tuple[float, float]:
+def traffic(candidate: Candidate, front: Collection[fx.Node]) -> tuple[float, float]:
     """What the front reads, and what it writes as kernels of its own, as parts of the bytes that
     the site itself reads and writes. Of a leaf it reads no more elements than it computes."""
     leaves = {a for n in front for a in n.all_input_nodes if is_tensor(a)} - set(front)

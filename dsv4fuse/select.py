@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from dsv4fuse import compat
-from dsv4fuse.front import moved
+from dsv4fuse.front import traffic
 from dsv4fuse.fusion import Candidate, has_kernel, registry
 from dsv4fuse.options import Options
 
@@ -103,7 +103,7 @@ def _by_table(
     shown = {k: worst[k] for k in ("inductor", "ours", "tokens")} | {"measured": date}
     inductor, ours = worst["inductor"], worst["ours"]
     if front and worst.get("floor"):
-        read, written = (part * worst["floor"] for part in moved(candidate, front))
+        read, written = (part * worst["floor"] for part in traffic(candidate, front))
         least, theirs = ours + read + written, inductor + max(0.0, read - written)
         if CLEAR * least > theirs:
             why = f"Inductor computes what is in front of it in the same kernel: {theirs:.2f} µs"

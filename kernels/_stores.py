@@ -26,7 +26,8 @@ def stores(*always: str, **where: str) -> Callable[[Kernel], Kernel]:
 
 def written(kernel: Any, arguments: Mapping[str, Any]) -> list[str] | None:
     """The arguments that a launch with these constants among its arguments stores to, in the
-    kernel's order; None where the kernel does not say."""
+    kernel's order; None where the kernel does not say. torch wraps it in each launch's warps."""
+    kernel = kernel.fn if hasattr(kernel, "configs") else kernel
     conditions = getattr(kernel, "stores", None)
     if conditions is None:
         return None

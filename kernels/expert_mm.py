@@ -53,7 +53,7 @@ def expert_mm_kernel(
 ):  # fmt: skip
     """A tile of an expert's rows by COLUMNS of its weight, transposed: the weight has 64 rows for
     the tensor cores, a row of x is one of their columns."""
-    # Loaded here: torch takes for written what a function is given whose result says where to.
+    # Loaded here: or torch, by which the tests check @stores, would read that ends are written.
     every = tl.arange(0, BE)
     ends = tl.load(ends_ptr + every, mask=every < E, other=0)
     starts = tl.load(ends_ptr + every - 1, mask=(every > 0) & (every < E), other=0)

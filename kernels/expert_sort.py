@@ -98,8 +98,8 @@ def expert_sort_kernel(
 ):  # fmt: skip
     """One program: the numbers of one bin. WHOLE: all ids are one block.
 
-    Ids are loaded here alone: torch takes for written what a function is given whose result says
-    where something is stored.
+    Ids are loaded here alone: or torch, by which the tests check @stores, would read that they are
+    written (NOTES.md).
     """
     own = tl.program_id(0) - 1
     lane = tl.arange(0, BLOCK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv4fuse.kernels._stores import written
 from torch import Tensor, fx
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch.utils._pytree import tree_map
@@ -54,9 +55,9 @@ def misreadings(graph: fx.Graph) -> list[str]:
     found = []
     for node in launches(graph):
         kernel = wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-        if not hasattr(kernel.fn if hasattr(kernel, "configs") else kernel, "stores"):
-            found.append(f"{node.name} does not say")
         given = fx.map_arg(node.kwargs["kwargs"], lambda n: n.meta["val"]) | constants(node)
+        if written(kernel, given) is None:
+            found.append(f"{node.name} does not say")
         read, told = (_names(ask(kernel, dict(given), {}), given)
                       for ask in (READ, getattr(wrap, NAME)))  # fmt: skip
         if read != told:

@@ -161,7 +161,7 @@ def test_the_switch_that_keeps_triton_ops_whole_exists():
 
 def test_torch_reads_nothing_of_its_own_for_the_kernels_of_an_op(monkeypatch):
     """When an op is registered torch reads the source of what its own calls by a bare name, the
-    decorator's too: of "@triton_op" all that triton_op calls, which took two thirds of the time."""
+    decorator's too: of "@triton_op" all that triton_op calls, which took most of the time."""
     from torch._library import custom_ops, triton
 
     from dsv4fuse.fusion import register_ops
