@@ -8,6 +8,7 @@ no worker compiles, in time and under the launch's own key, is compiled where it
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -34,9 +35,9 @@ def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator
     at the end it is there, or will not be. Whatever goes wrong is logged and no more."""
     started: list[tuple[Specialised, Future[None]]] = []
     try:
-        started = _started(candidates, device)
+        started.extend(_started(candidates, device))
     except Exception:
-        log.debug("no kernel is compiled ahead", exc_info=True)
+        log.debug("not every kernel is compiled ahead", exc_info=True)
     yield
     with clock.step("waiting for kernels"):
         done, _ = futures.wait([future for _, future in started], PATIENCE)
@@ -49,25 +50,35 @@ def compiling(candidates: Iterable[Candidate], device: torch.device) -> Iterator
 
 def _started(
     candidates: Iterable[Candidate], device: torch.device
-) -> list[tuple[Specialised, Future[None]]]:
+) -> Iterator[tuple[Specialised, Future[None]]]:
+    """Each kernel and the job that compiles it, unless it is but one."""
     if not compile_workers.start():
-        return []
-    missing = {k.key: k for k in kernels(candidates, device) if not k.on_disk()}
-    workers = compile_workers.pool(HERE * len(missing)) if len(missing) > 1 else None
-    folder = triton.knobs.cache.dir
-    return [(k, workers.submit(_compiled, k, folder)) for k in missing.values() if workers]
+        return
+    missing = _missing(candidates, device)
+    first = list(itertools.islice(missing, 2))
+    if len(first) < 2:
+        return
+    workers = compile_workers.pool(0)
+    if workers is None:  # yet: meanwhile all are found
+        first += missing
+        workers = compile_workers.pool(HERE * len(first))
+    for kernel in itertools.chain(first, missing) if workers else ():
+        job = compile_workers.compiled, kernel, triton.knobs.cache.dir
+        yield kernel, workers.submit(*job)
 
 
-def _compiled(kernel: Specialised, folder: str) -> None:
-    compile_workers.take_their_ptxas()
-    kernel.compiled(folder)
+def _missing(candidates: Iterable[Candidate], device: torch.device) -> Iterator[Specialised]:
+    met = set[str]()
+    for kernel in kernels(candidates, device):
+        if kernel.key not in met and not kernel.on_disk():
+            yield kernel
+        met.add(kernel.key)
 
 
-def kernels(candidates: Iterable[Candidate], device: torch.device) -> list[Specialised]:
+def kernels(candidates: Iterable[Candidate], device: torch.device) -> Iterator[Specialised]:
     """What the candidates launch on that GPU and this process has not compiled."""
-    alike = {_like(c): c for c in candidates}
-    with compat.outside_compilation(), described() as found:
-        for candidate in alike.values():
+    for candidate in candidates:
+        with compat.outside_compilation(), described() as found:
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     inputs = [_fake(n, device) for n in candidate.inputs]
@@ -75,14 +86,7 @@ def kernels(candidates: Iterable[Candidate], device: torch.device) -> list[Speci
                     candidate.call(*inputs)
             except Exception:  # the check runs into it too, and says so
                 log.debug("the launches of %s", candidate.fusion, exc_info=True)
-    return found
-
-
-def _like(candidate: Candidate) -> str:
-    """Equal for candidates that launch the same kernels, but for numbers in their calls."""
-    values = [n.meta["val"] for n in candidate.inputs]
-    tensors = [(v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values]
-    return repr((candidate.fusion, tensors, sorted(candidate.detail.items())))
+        yield from found
 
 
 def _fake(node: fx.Node, device: torch.device) -> Any:

@@ -99,7 +99,7 @@ def dsv4fuse(
     if disabled():
         return compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
-        compile_workers.start()  # which takes seconds
+        compile_workers.warm()  # which takes seconds
     if compat.will_be_differentiated(gm, example_inputs):
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)

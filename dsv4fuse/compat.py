@@ -18,9 +18,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -101,28 +99,6 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 def bodies_of_ops() -> contextlib.AbstractContextManager[Any]:
     """Inside, ops of ours called with fake tensors on a GPU make their launches."""
     return _Bodies()
-
-
-def trace(
-    fn: Callable[..., Any], inputs: Sequence[tuple[Sequence[int | torch.SymInt], torch.dtype]]
-) -> fx.Graph:
-    """fn as the functional ATen graph that Inductor would be given. Nothing is computed."""
-    sizes = (n for shape, _ in inputs for n in shape if isinstance(n, torch.SymInt))
-    env = next((n.node.shape_env for n in sizes), None)
-    with outside_compilation(), FakeTensorMode(shape_env=env):
-        fakes = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
-        table = decompositions.table()
-        # Its defaults are no inputs.
-        graph = make_fx(lambda *given: fn(*given), table, tracing_mode="real")(*fakes).graph
-        # Making it functional takes half as long again; where nothing is written, for nothing.
-        operations = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-        if any(op._schema.is_mutable for op in operations):
-            graph = make_fx(dispatch_functionalize(fn), table, tracing_mode="real")(*fakes).graph
-    # Each module is a class of its own, and every trace sets methods on nn.Module, which costs in
-    # proportion to the classes alive: references are kept for the life of the process.
-    if not any(n.op == "get_attr" for n in graph.nodes):
-        graph.owning_module = None
-    return graph
 
 
 def any_size(hint: int) -> torch.SymInt:

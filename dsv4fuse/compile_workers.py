@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from concurrent import futures
 from typing import Any
 
@@ -17,6 +18,27 @@ def start() -> bool:
     take_their_ptxas()
     AsyncCompile.use_process_pool()
     return True
+
+
+def warm() -> None:
+    """Starts them, and has each do what the first kernel of a process begins with: a second."""
+    if start():
+        for _ in range(get_compile_threads()):
+            AsyncCompile.process_pool().submit(_begin)
+
+
+def _begin() -> None:
+    take_their_ptxas()
+    from triton.runtime.cache import triton_key
+
+    triton_key()  # a hash of Triton's files
+    importlib.import_module("dsv4fuse.kernels._launch")
+
+
+def compiled(kernel: Any, folder: str) -> None:
+    """A worker's job, here: those of a module that imports more would begin with its imports."""
+    take_their_ptxas()
+    kernel.compiled(folder)
 
 
 def pool(patience: float) -> Any:

@@ -73,7 +73,8 @@ def as_size(value: int | torch.SymInt) -> Size:
 
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
-    return tuple(s if type(s) is int else as_size(s) for s in tensor.shape)
+    shape = tuple(tensor.shape)
+    return shape if set(map(type, shape)) <= {int} else tuple(map(as_size, shape))
 
 
 def divides(a: Size, b: Size) -> bool:

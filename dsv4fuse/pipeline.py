@@ -96,7 +96,7 @@ def _plan_ahead(
         from dsv4fuse import ahead
     except ImportError:  # of Triton: for that every site is declined
         return
-    with ahead.compiling(run, run[0].root.meta["val"].device):
+    with ahead.compiling(plans.different(run), run[0].root.meta["val"].device):
         for candidate in run:
             with contextlib.suppress(Declined):  # once more, and said, when its turn comes
                 plans.ahead(candidate)

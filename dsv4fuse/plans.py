@@ -6,7 +6,9 @@ the sites whose calls do the same, operation by operation: a trace takes tens of
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +32,17 @@ class Plans:
     def __init__(self, shared: bool = True) -> None:
         self._shared = shared
         self._known: dict[object, fx.Graph] = {}
+        self._steps: dict[str, object] = {}
         self._ahead: dict[str, fx.Graph] = {}
+
+    def different(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """One of all whose calls do the same; none of those that would be declined."""
+        met = set[object]()
+        for candidate in candidates:
+            with contextlib.suppress(Declined):
+                if (steps := self._done(candidate)) not in met:
+                    met.add(steps)
+                    yield candidate
 
     def ahead(self, candidate: Candidate) -> None:
         """The plan is made now, and found when its turn comes; raises Declined."""
@@ -45,10 +57,8 @@ class Plans:
 
     def _new(self, candidate: Candidate) -> fx.Graph:
         _loaded(candidate)
-        try:
+        with _checking():
             traced = self._traced(candidate)
-        except ValueError as error:  # what a kernel's own checks raise
-            raise Declined(str(error).strip()) from error
         large = compat.large_number(traced)
         if large is not None:
             version = torch.__version__
@@ -59,23 +69,45 @@ class Plans:
         return traced
 
     def _traced(self, candidate: Candidate) -> fx.Graph:
-        fakes = [n.meta["val"] for n in candidate.inputs]
-        like = [n.meta["val"] for n in candidate.outputs]
-        caches = [candidate.inputs.index(c) for c in candidate.caches]
-
-        def fused(*tensors: Any) -> tuple[Any, ...]:
-            return (*candidate.call(*tensors), *(tensors[i] for i in caches))
-
+        fused, fakes, like = _call(candidate)
         on_gpu = any(isinstance(f, Tensor) and f.is_cuda for f in fakes)
         # On a CPU an op is its reference, and in a package no op but that.
         kept = not on_gpu and not compat.packaging()
         if not self._shared:
             return calls.graph(fused, fakes, like, keep_ops=kept)
-        key = calls.steps(fused, fakes, like)
+        key = self._done(candidate)
         if key in self._known:
             return calls.again(self._known[key], fakes, like)
         self._known[key] = calls.graph(fused, fakes, like, keep_ops=kept)
         return self._known[key]
+
+    def _done(self, candidate: Candidate) -> object:
+        """Equal for candidates whose calls do the same; raises Declined."""
+        if candidate.site not in self._steps:
+            _loaded(candidate)
+            with _checking():
+                self._steps[candidate.site] = calls.steps(*_call(candidate))
+        return self._steps[candidate.site]
+
+
+def _call(candidate: Candidate) -> tuple[calls.Call, list[Any], list[Any]]:
+    """A function of the inputs, for outputs and caches; the fakes of inputs and of outputs."""
+    caches = [candidate.inputs.index(c) for c in candidate.caches]
+
+    def fused(*tensors: Any) -> tuple[Any, ...]:
+        return (*candidate.call(*tensors), *(tensors[i] for i in caches))
+
+    fakes, like = ([n.meta["val"] for n in ns] for ns in (candidate.inputs, candidate.outputs))
+    return fused, fakes, like
+
+
+@contextlib.contextmanager
+def _checking() -> Iterator[None]:
+    """Declines what a kernel's own checks raise."""
+    try:
+        yield
+    except ValueError as error:
+        raise Declined(str(error).strip()) from error
 
 
 def _loaded(candidate: Candidate) -> None:

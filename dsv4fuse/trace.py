@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from dsv4fuse import compat, maps
+from dsv4fuse import compat, maps, recorded
 from dsv4fuse.lower import Lowering
 from dsv4fuse.match import Hole, Pattern
 from dsv4fuse.terms import Complex
@@ -60,7 +60,7 @@ def pattern(
         raise TypeError(f"{name}: a reference has one size that is no number, not {unknown}")
     given = {n: compat.any_size(ANY) for n in unknown}
     shapes = [tuple(given.get(n, n) for n in h.shape) for h, _ in holes]
-    graph = compat.trace(call, [(s, dtype) for s, (_, dtype) in zip(shapes, holes, strict=True)])
+    graph = recorded.graph(call, [(s, dtype) for s, (_, dtype) in zip(shapes, holes, strict=True)])
     low = Lowering()
     output = next(n for n in graph.nodes if n.op == "output").args[0]
     root = low.term(output)

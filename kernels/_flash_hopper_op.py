@@ -12,7 +12,7 @@ from . import _common as common
 from . import _hopper as hopper
 from ._common import cdiv
 from ._flash_arguments import Keys, Mask, arguments, live_tiles, some
-from ._launch import replaced
+from ._launch import opaque
 
 KERNEL = ("_flash_hopper", "hopper_attention_kernel")
 REGISTERS = 88  # of a thread that loads
@@ -67,8 +67,6 @@ def attention_hopper(
     nan_empty: bool, tokens: int, width: int, splits: int,
 ) -> None:  # fmt: skip
     """``launch``; opaque, for a graph of torch takes launches of Triton kernels only."""
-    if replaced():  # by their descriptions, and the tensors may be fake
-        return
     q = hopper.aligned(q)
     keys = Keys(*(None if t is None else hopper.aligned(t) for t in (kv, far)), index, page, wrap)
     hidden = -math.inf if fill is None else fill
@@ -77,7 +75,7 @@ def attention_hopper(
         rounded=rounded, wide=wide, nan_empty=nan_empty, tokens=tokens, width=width,
     )  # fmt: skip
     count = q.shape[0] * shared["blocks"] * cdiv(q.shape[2], width)
-    kernel()[(min(count * splits, hopper.processors(q.device)),)](
+    opaque(kernel())[(min(count * splits, hopper.processors(q.device)),)](
         **shared, **live_tiles((tiles, counts), q), most=cdiv(keys.near, 64), parts=count,
         splits=splits, part_ptr=some(part, q), stat_ptr=some(stat, q), SPLIT=splits > 1,
         REGISTERS=REGISTERS, num_warps=8,

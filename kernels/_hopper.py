@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dsv4fuse import compat
 
@@ -39,9 +40,11 @@ def refusal(device: torch.device, kernel: Any) -> str | None:
 
 
 def aligned(t: Tensor) -> Tensor:
-    """Itself where each row is dense and starts at a multiple of 32 bytes, or a copy that is so."""
+    """Itself where each row is dense and starts at a multiple of 32 bytes, or a copy that is so. A
+    fake tensor's first row is taken for one that does."""
     steps = [s for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
-    if t.data_ptr() % 32 == 0 and t.stride(-1) == 1 and not any(s % 16 for s in steps):
+    start = 0 if isinstance(t, FakeTensor) else t.data_ptr()
+    if start % 32 == 0 and t.stride(-1) == 1 and not any(s % 16 for s in steps):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _common as common
 from . import _hopper as hopper
 from ._common import cdiv, named_strides
-from ._launch import replaced
+from ._launch import opaque
 
 KERNEL = ("_indexer_hopper", "hopper_indexer_kernel")
 # With fewer tokens of a batch row a program's rows are empty; with fewer pairs of a query and a key
@@ -54,15 +54,13 @@ def indexer_hopper(
     precise: bool, clean: bool,
 ) -> None:  # fmt: skip
     """``launch``; opaque, for a graph of torch takes launches of Triton kernels only."""
-    if replaced():  # by their descriptions, and the tensors may be fake
-        return
     (batch, tokens), keys, k = q.shape[:2], k.shape[1], near(k)
     blocks, tiles, most = cdiv(tokens, TOKENS), cdiv(keys, KEYS), hopper.processors(q.device)
     # Where four tokens each leave multiprocessors idle, their keys are shared among programs.
     span = cdiv(tiles, max(1, min(tiles, most // (batch * blocks))))
     spans = cdiv(tiles, span)
     optional = dict(ks_ptr=k_scale, start_ptr=start, end_ptr=end)
-    kernel()[(min(batch * blocks * spans, most),)](
+    opaque(kernel())[(min(batch * blocks * spans, most),)](
         q_ptr=q, k_ptr=k, w_ptr=w, out_ptr=out, tokens=tokens, keys=keys,
         parts=batch * blocks * spans, blocks=blocks, spans=spans, span=span,
         **{name: w if t is None else t for name, t in optional.items()},

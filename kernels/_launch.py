@@ -4,6 +4,7 @@ where kernels are compiled before they are launched, in other processes."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -36,11 +37,6 @@ def instead_of_launches(do: Instead) -> Iterator[None]:
         _instead.reset(token)
 
 
-def replaced() -> bool:
-    """Does something take the place of launches? What it takes are kernels of Triton's only."""
-    return _instead.get() is not None
-
-
 @dataclass(frozen=True)
 class _Replaced:
     kernel: Any
@@ -55,10 +51,16 @@ def wrap_triton(kernel: Any) -> Any:
 
     It has torch's name, by which torch finds the kernels of an op in the op's source.
     """
+    found = opaque(kernel)
+    return torch.library.wrap_triton(found) if isinstance(found, JITFunction) else found
+
+
+def opaque(kernel: Any) -> Any:
+    """The same for a launch that torch does not look into, as it cannot into those of Gluon's."""
     do = _instead.get()
     if do is not None:
         return _Replaced(kernel, do)
-    return kernel if common.INTERPRET.value else torch.library.wrap_triton(settled(kernel))
+    return kernel if common.INTERPRET.value else settled(kernel)
 
 
 _settled: set[int] = set()
@@ -91,7 +93,7 @@ def target() -> int | str | None:
 class Specialised:
     """What a launch gives to Triton's compiler, as data: a kernel of a module, what it is
     specialised to, ``key``, under which Triton's cache has it in the process of the launch, and
-    what that key is made of."""
+    what that key is made of. ``ones``: what is 1, though not specialised to that."""
 
     module: str
     name: str
@@ -100,6 +102,7 @@ class Specialised:
     attributes: Mapping[Any, Any]
     options: Mapping[str, Any]
     target: GPUTarget
+    ones: tuple[str, ...] = ()
     key: str = field(init=False)
     made_of: Mapping[str, str] = field(init=False)
 
@@ -110,7 +113,10 @@ class Specialised:
 
     def source(self) -> ASTSource:
         kernel = settled(getattr(importlib.import_module(self.module), self.name))
-        return ASTSource(kernel, self.signature, self.constants, self.attributes)
+        kind = ASTSource
+        if kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as kind
+        return kind(kernel, self.signature, self.constants, self.attributes)
 
     def _key(self) -> tuple[str, dict[str, str]]:
         source, backend = self.source(), make_backend(self.target)
@@ -134,32 +140,39 @@ class Specialised:
                 other = [f"{k} {v!r}" for k, v in made_of.items() if v != self.made_of[k]]
                 raise RuntimeError(f"a worker has another key: {', '.join(other)}")
             built = triton.compile(self.source(), target=self.target, options=dict(self.options))
-            _make_launcher(built)
+            _make_launchers(built, self.ones)
             return built
 
 
-def _make_launcher(kernel: CompiledKernel) -> None:
-    """The C code of its signature, into the cache: Triton 3.6 compiles it at the first launch."""
+def _make_launchers(kernel: CompiledKernel, ones: tuple[str, ...]) -> None:
+    """The C code of its signature, into the cache: Triton 3.6 compiles it at the first launch. And
+    that of Inductor's launch, for which whatever is 1 is a constant."""
     with contextlib.suppress(Exception):  # no C compiler, or no driver of a GPU
         from triton.backends.nvidia import driver as nvidia
 
         if hasattr(nvidia, "make_launcher"):
             nvidia.CudaLauncher(kernel.src, kernel.metadata)
+        if hasattr(nvidia, "make_launcher") and ones:
+            inductor = copy.copy(kernel.src)
+            inductor.signature = kernel.src.signature | dict.fromkeys(ones, "constexpr")
+            nvidia.CudaLauncher(inductor, kernel.metadata)
 
 
 class _Described(JITFunction):  # type: ignore[misc, type-arg]
     """A kernel that has what this process has compiled of it, and describes what it has not."""
 
-    def __init__(self, kernel: Any, found: list[Specialised]) -> None:
-        self.__dict__.update(kernel.__dict__, found=found)
+    def __init__(self, kernel: Any, found: list[Specialised], ones: list[str]) -> None:
+        self.__dict__.update(kernel.__dict__, found=found, ones=ones)
 
     def _do_compile(
         self, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any,
         warmup: bool,
     ) -> None:  # fmt: skip
         target = self.device_caches[device][2]
+        ones = tuple(n for n in self.ones if signature.get(n, "constexpr") != "constexpr")
         self.found.append(Specialised(
             self.module, self.__name__, signature, constants, attributes, options.__dict__, target,
+            ones,
         ))  # fmt: skip
 
 
@@ -171,8 +184,11 @@ def described() -> Iterator[list[Specialised]]:
     found: list[Specialised] = []
 
     def describe(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = {name: _pointer(value) for name, value in kwargs.items()}
-        _Described(kernel, found).run(*map(_pointer, args), grid=grid, warmup=True, **named)
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        ones = [name for name, value in given.items() if isinstance(value, int) and value == 1]
+        ones = [] if kernel.is_gluon() else ones  # which Inductor does not launch
+        named = {name: _pointer(value) for name, value in given.items()}
+        _Described(kernel, found, ones).run(grid=grid, warmup=True, **named)
 
     with instead_of_launches(describe):
         yield found

@@ -109,19 +109,19 @@ def main():
     logging.getLogger("dsv4fuse").setLevel(logging.DEBUG)
     logging.getLogger("dsv4fuse").addHandler(jobs)
     result = {"workers": compile_workers.start()}
-    sites, job, ahead.HERE = candidates(NAMES), ahead._compiled, 60.0
+    sites, job, ahead.HERE = candidates(NAMES), compile_workers.compiled, 60.0
 
     def compiled():
         with ahead.compiling(sites, GPU):
             pass
 
     # Workers that die, then some that are late, then what they cannot compile, or not alike.
-    ahead._compiled = Instead(os._exit, 1)
+    compile_workers.compiled = Instead(os._exit, 1)
     result["dead"] = jobs.after(compiled)
-    ahead._compiled, ahead.PATIENCE = Instead(time.sleep, 1), 0.1
+    compile_workers.compiled, ahead.PATIENCE = Instead(time.sleep, 1), 0.1
     result["late"] = jobs.after(compiled)
-    ahead._compiled, ahead.PATIENCE = job, 120.0
-    described, real = ahead.kernels, ahead.kernels(sites, GPU)
+    compile_workers.compiled, ahead.PATIENCE = job, 120.0
+    described, real = ahead.kernels, list(ahead.kernels(sites, GPU))
     result["described"] = len(real)
     wrong = [dataclasses.replace(real[0], constants={}), real[1]]
     object.__setattr__(wrong[1], "key", "0" * 64)  # of another ptxas
@@ -131,7 +131,7 @@ def main():
     result["compiled"] = jobs.after(compiled)
     result["left"] = sum(not k.on_disk() for k in ahead.kernels(sites, GPU))
     result["hits"] = launched(NAMES)
-    result["known"] = len(ahead.kernels(sites, GPU))
+    result["known"] = len(list(ahead.kernels(sites, GPU)))
 
     # The pass: what a check launches is there.
     checks = []

@@ -5,49 +5,17 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from typing import Any
 
 import torch
-import triton
 from dsv4fuse.kernels import _attention as attention
 from dsv4fuse.kernels import _flash_hopper_op, _indexer_hopper_op
 from dsv4fuse.kernels import _hopper as hopper
 from dsv4fuse.kernels import indexer_logits as indexer
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+from dsv4fuse.kernels._launch import Specialised
 
-from dsv4fuse.bench.kernels import usage
-
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
-         torch.int32: "*i32", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}  # fmt: skip
-op = {"attention": _flash_hopper_op, "indexer": _indexer_hopper_op}[sys.argv[1]]
-kernel, made = op.kernel(), []
-
-
-def compiled(num_warps: int, **arguments: Any) -> None:
-    """Specialised as a launch would be."""
-    signature, constants, attributes = {}, {}, {}
-    for at, param in enumerate(kernel.params):
-        value, free = arguments[param.name], param.do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[param.name], attributes[(at,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif param.is_constexpr or (value == 1 and not free):
-            signature[param.name], constants[(at,)] = "constexpr", value
-        else:
-            signature[param.name] = "i32"
-            if value % 16 == 0 and not free:
-                attributes[(at,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": num_warps}
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    made.append({**usage(done.asm["cubin"]), "shared": done.metadata.shared,
-                 "products": done.asm["ptx"].count("wgmma.mma_async"),
-                 "copies": done.asm["ptx"].count("cp.async.cg.shared.global")})  # fmt: skip
-
-
-class Compiled:
-    def __getitem__(self, grid: Any) -> Any:
-        return compiled
+from dsv4fuse.bench.kernels import describing, usage
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -63,8 +31,6 @@ def attend(
 
 
 def attentions() -> None:
-    # The joining kernel is Triton's, and runs nowhere here.
-    attention._run = lambda kernel, grid: lambda **arguments: None
     attention.SHAPES, attention.LISTED = attention.SHAPES[-1:], (1 << 30, 1)
     Keys, Mask = attention.Keys, attention.Mask
     near, far = zeros(1, 1, 600, 512), zeros(3, 90, 512)
@@ -95,6 +61,17 @@ def indexers() -> None:
     scores(torch.float8_e4m3fn, rounding="dot", scale_dots=True)
 
 
-hopper.is_hopper, op.kernel, hopper.processors = lambda device: True, Compiled, lambda device: 132
-{"attention": attentions, "indexer": indexers}[sys.argv[1]]()
-print(json.dumps(made))
+def made(kernel: Specialised) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        done = kernel.compiled(folder)
+    return {**usage(done.asm["cubin"]), "shared": done.metadata.shared,
+            "products": done.asm["ptx"].count("wgmma.mma_async"),
+            "copies": done.asm["ptx"].count("cp.async.cg.shared.global")}  # fmt: skip
+
+
+hopper.is_hopper, hopper.processors = lambda device: True, lambda device: 132
+launches, op = {"attention": (attentions, _flash_hopper_op),
+                "indexer": (indexers, _indexer_hopper_op)}[sys.argv[1]]  # fmt: skip
+with describing() as found:
+    launches()
+print(json.dumps([made(kernel) for kernel in found if kernel.name == op.KERNEL[1]]))

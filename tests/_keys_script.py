@@ -26,7 +26,7 @@ def functions(stems):
 
 def main():
     shuffled = random.Random(int(sys.argv[1]))
-    stems = sorted(p.stem for p in KERNELS.glob("*.py") if not p.stem.startswith("_flash_"))
+    stems = sorted(p.stem for p in KERNELS.glob("*.py"))
     shuffled.shuffle(stems)
     found = functions(stems)
     names = sorted(found)

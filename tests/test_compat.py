@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsv4fuse
-from dsv4fuse import compat, decompositions, pipeline, trace
+from dsv4fuse import compat, decompositions, pipeline, recorded, trace
 from dsv4fuse.bench import stopwatch
 from dsv4fuse.fusion import Sizes, registry
 from dsv4fuse.options import Options
@@ -187,10 +187,16 @@ def test_a_reference_is_traced_to_functional_aten_without_computing():
         y[..., ::2] = 0
         return y.mul_(2)
 
-    graph = compat.trace(fn, [((1 << 20, 1 << 20), torch.float32)])  # 4 TB if it were computed
+    graph = recorded.graph(fn, [((1 << 20, 1 << 20), torch.float32)])  # 4 TB if it were computed
     targets = {n.target for n in graph.nodes if n.op == "call_function"}
     assert not any(t._schema.is_mutable for t in targets)
     assert torch.ops.aten.slice_scatter.default in targets
+
+
+def test_a_reference_with_a_tensor_of_its_own():
+    graph = recorded.graph(lambda x: x * torch.tensor([0.5, 2.0]), [((3, 2), torch.float32)])
+    (product,) = (n for n in graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    assert product.args[0].op == "placeholder" and product.args[1].meta["val"].shape == (2,)
 
 
 def test_what_writes_nothing_is_traced_as_if_made_functional(monkeypatch):
@@ -204,16 +210,16 @@ def test_what_writes_nothing_is_traced_as_if_made_functional(monkeypatch):
             for n in graph.nodes
         ]
 
-    def both(fn, inputs, traced=compat.trace):
+    def both(fn, inputs, traced=recorded.graph):
         short.append(traced(fn, inputs))
         with FakeTensorMode():
             fakes = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
-            made = make_fx(compat.dispatch_functionalize(fn), decompositions.table())
+            made = make_fx(recorded.dispatch_functionalize(fn), decompositions.table())
             long.append(made(*fakes).graph)
         return short[-1]
 
     trace.pattern.cache_clear()
-    monkeypatch.setattr(compat, "trace", both)
+    monkeypatch.setattr(recorded, "graph", both)
     sizes = Sizes(heads=16, groups=2, inter=256)
     for fusion in registry().values():
         for make in fusion.examples.values():
@@ -256,7 +262,7 @@ def test_tracing_works_inside_a_compilation():
         from torch._functorch.aot_autograd import aot_module_simplified
 
         def inner(graph_module, _):
-            seen.append(compat.trace(lambda x: x.exp(), [((3,), torch.float32)]))
+            seen.append(recorded.graph(lambda x: x.exp(), [((3,), torch.float32)]))
             with compat.outside_compilation():
                 assert torch.ones(2).add(1).tolist() == [2.0, 2.0]
             return graph_module

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from dsv4fuse.patterns import hyper_connection_post
 
-from dsv4fuse import compat
+from dsv4fuse import recorded
 from dsv4fuse.contract import Contraction, contraction
 from dsv4fuse.scene import Scene
 
 
 def _read(fn, *shapes) -> tuple[Contraction, list[str]]:
-    graph = compat.trace(fn, [(s, torch.float32) for s in shapes])
+    graph = recorded.graph(fn, [(s, torch.float32) for s in shapes])
     (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
     found = contraction(Scene(graph), output)
     assert found is not None
@@ -81,14 +81,14 @@ def test_a_summed_axis_made_of_two():
 
 def test_what_is_no_product():
     for fn in (lambda a, b: a + b, lambda a, b: (a + b).sum(-1), lambda a, b: (2.0 * a).sum(-1)):
-        graph = compat.trace(fn, [((3, 4), torch.float32)] * 2)
+        graph = recorded.graph(fn, [((3, 4), torch.float32)] * 2)
         (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
         assert contraction(Scene(graph), output) is None
 
 
 def test_a_promotion_that_no_node_shows():
     """bf16 dots times fp32 weights: the widened factor is a term, held by no node."""
-    graph = compat.trace(
+    graph = recorded.graph(
         lambda x, w: (x.relu() * w).sum(1),
         [((3, 4, 5), torch.bfloat16), ((3, 4, 1), torch.float32)],
     )
@@ -101,7 +101,7 @@ def test_a_promotion_that_no_node_shows():
 
 def test_a_leaf_is_read_whole():
     """A quantiser behind a value made of pieces: one term behind the leaf, pieces without."""
-    graph = compat.trace(
+    graph = recorded.graph(
         lambda x, y: torch.cat((x, y), -1).float() * 2.0, [((3, 4), torch.bfloat16)] * 2
     )
     (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
@@ -112,7 +112,7 @@ def test_a_leaf_is_read_whole():
 def test_a_promotion_in_the_product():
     """fp32 weights on bf16 streams: the cast is no node, and a factor all the same."""
     fn = lambda w, x: (w.unsqueeze(-1) * x).sum(1)  # noqa: E731
-    graph = compat.trace(fn, [((3, 4), torch.float32), ((3, 4, 8), torch.bfloat16)])
+    graph = recorded.graph(fn, [((3, 4), torch.float32), ((3, 4, 8), torch.bfloat16)])
     (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
     found = contraction(Scene(graph), output)
     assert found is not None and found.rounded and found.size == 4
@@ -131,14 +131,14 @@ def test_residual_streams_of_many_layers():
         return x
 
     shapes = [((3, 4, 8), torch.bfloat16), ((3, 4), torch.float32), ((3, 4, 4), torch.float32)]
-    scene = Scene(compat.trace(layers, shapes))
+    scene = Scene(recorded.graph(layers, shapes))
     assert all(scene.low.term(n) for n in reversed(scene.nodes))
     assert len(hyper_connection_post.find(scene, "faithful")) == 120
 
 
 def _joins(fn, *shapes):
     """The contraction at the last node of a graph in which all were looked for."""
-    scene = Scene(compat.trace(fn, [(s, torch.float32) for s in shapes]))
+    scene = Scene(recorded.graph(fn, [(s, torch.float32) for s in shapes]))
     return [contraction(scene, node) for node in scene.nodes][-1]
 
 

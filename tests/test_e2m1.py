@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4fuse import atoms, compat, e2m1
+from dsv4fuse import atoms, e2m1, recorded
 from dsv4fuse.scene import Scene
 from dsv4fuse.terms import Term
 
@@ -35,7 +35,7 @@ def test_the_atom(form, dtype):
 
 def _read(code: _fp4.Piece, dtype: torch.dtype = BF16) -> set[str]:
     """The forms that a rounding is read as."""
-    graph = compat.trace(lambda x: _fp4.fake(x, 32, code=code), [((7, 64), dtype)])
+    graph = recorded.graph(lambda x: _fp4.fake(x, 32, code=code), [((7, 64), dtype)])
     scene = Scene(graph)
     term = scene.low.term(next(n for n in graph.nodes if n.op == "output").args[0])
     assert isinstance(term, Term)
@@ -79,7 +79,7 @@ def test_a_factor_that_rounds_is_no_sign():
     half = (lambda v: torch.full_like(v, 0.5) + 0 * v, lambda v: 2 * _fp4.by_where(v))
     sign = (torch.sign, lambda v: _fp4.by_where(v.abs()))
     for (g, f), forms in ((half, 0), (sign, 1)):
-        graph = compat.trace(lambda x, g=g, f=f: fake(x, g, f), [((7, 64), BF16)])
+        graph = recorded.graph(lambda x, g=g, f=f: fake(x, g, f), [((7, 64), BF16)])
         term = Scene(graph).low.term(next(n for n in graph.nodes if n.op == "output").args[0])
         assert isinstance(term, Term)
         assert len([t for t in e2m1._inner(term) if t.op == "e2m1"]) == forms

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from dsv4fuse import compat, exact, explain, verify
+from dsv4fuse import exact, explain, recorded, verify
 from dsv4fuse.scene import Scene
 
 from .spellings.sink_attention import SPELLINGS
@@ -15,7 +15,7 @@ CASE = SPELLINGS["hf"]
 
 
 def _graph(fn, *shapes, dtype=torch.bfloat16) -> tuple[list[fx.Node], dict[fx.Node, torch.Tensor]]:
-    graph = compat.trace(fn, [(s, dtype) for s in shapes])
+    graph = recorded.graph(fn, [(s, dtype) for s in shapes])
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     env = {n: torch.randn(s).to(dtype) for n, s in zip(inputs, shapes, strict=True)}
     return [n for n in graph.nodes if n.op == "call_function"], env
@@ -93,7 +93,7 @@ def test_too_large_in_fp64_is_not_judged_by_its_own_rounding(monkeypatch, nothin
 
 
 def test_a_slice_of_lanes_is_not_the_whole():
-    graph = compat.trace(lambda x: (x * 2)[..., :3] + 1, [((4, 6), torch.float32)])
+    graph = recorded.graph(lambda x: (x * 2)[..., :3] + 1, [((4, 6), torch.float32)])
     scene = Scene(graph)
     sliced = next(n for n in graph.nodes if n.target is torch.ops.aten.slice.Tensor)
     assert [n for n, _ in scene.holders(sliced)] == [sliced]

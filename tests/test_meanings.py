@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv4fuse import compat, joins, lower, tables, views
+from dsv4fuse import joins, lower, recorded, tables, views
 from dsv4fuse.lower import Lowering
 from dsv4fuse.terms import COMMUTATIVE, Term, straight
 
@@ -209,7 +209,7 @@ def test_tables(how, right, table):
 
 
 def _alike_traced(fn: Callable[..., Any], x: Tensor) -> None:
-    graph = compat.trace(fn, [(x.shape, x.dtype)])
+    graph = recorded.graph(fn, [(x.shape, x.dtype)])
     low = Lowering()
     (leaf,) = (n for n in graph.nodes if n.op == "placeholder")
     term = low.term(next(n for n in graph.nodes if n.op == "output").args[0])
@@ -233,7 +233,7 @@ def _alike_traced(fn: Callable[..., Any], x: Tensor) -> None:
 )
 def test_no_tables(fn):
     """Not sorted, not a constant, long ones, of several axes."""
-    graph = compat.trace(fn, [((2,), FP32)])
+    graph = recorded.graph(fn, [((2,), FP32)])
     node = next(n for n in graph.nodes if n.op == "output").args[0]
     assert Lowering().term(node).op == "load"
 

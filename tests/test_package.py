@@ -13,7 +13,7 @@ from dsv4fuse.kernels import _common
 from torch._inductor.virtualized import V
 
 import dsv4fuse
-from dsv4fuse import compat
+from dsv4fuse import recorded
 from dsv4fuse.fusion import Sizes, registry
 
 
@@ -21,7 +21,7 @@ def ops_left(monkeypatch, packaging: bool) -> list[str]:
     """Ops of ours in the graph that Inductor is left with."""
     monkeypatch.setattr(_common, "INTERPRETED", False)
     made = registry()["clamp_swiglu_quant"].examples["plain"](3, Sizes(inter=128), "cpu")
-    graph = compat.trace(made.fn, [(t.shape, t.dtype) for t in made.inputs])
+    graph = recorded.graph(made.fn, [(t.shape, t.dtype) for t in made.inputs])
     fusing = dsv4fuse.inductor_pass({"select": "always"})
     with V.set_aot_compilation(packaging):
         fusing(graph)

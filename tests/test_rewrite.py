@@ -8,7 +8,7 @@ import pytest
 import torch
 from dsv4fuse.kernels import _common as common
 
-from dsv4fuse import compat, explain, rewrite
+from dsv4fuse import explain, recorded, rewrite
 from dsv4fuse.fusion import Candidate
 from dsv4fuse.plans import Declined, Plans
 
@@ -17,7 +17,7 @@ FP16, BF16 = torch.float16, torch.bfloat16
 
 def candidate(fn, *shapes, call, inputs=None, output=0) -> tuple[torch.fx.Graph, Candidate]:
     """A candidate for one node of fn's graph, replaced by ``call`` of the inputs."""
-    graph = compat.trace(fn, [(s, torch.float32) for s in shapes])
+    graph = recorded.graph(fn, [(s, torch.float32) for s in shapes])
     nodes = {n.name: n for n in graph.nodes}
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
     root = outputs[output] if isinstance(outputs, tuple | list) else outputs
@@ -72,7 +72,7 @@ def test_a_reader_in_front_of_an_input():
         a = x * 2
         return a, (a + 1).sum() + y
 
-    graph = compat.trace(fn, [((4, 6), torch.float32)] * 2)
+    graph = recorded.graph(fn, [((4, 6), torch.float32)] * 2)
     a, last = next(n for n in graph.nodes if n.op == "output").args[0]
     x = next(iter(graph.nodes))
     made = Candidate("clamp_swiglu_quant", a, (x, last), lambda x, y: (x * 2,), (a,))

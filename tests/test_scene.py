@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dsv4fuse import atoms, compat
+from dsv4fuse import atoms, recorded
 from dsv4fuse.scene import Scene
 from dsv4fuse.specs import RMS_NORM
 
@@ -40,7 +40,7 @@ def test_a_value_that_is_repeated_otherwise_elsewhere():
         return more, atoms.rms_norm(less, w, eps=1e-6, rounding="once")
 
     shapes = [((5, 64), torch.bfloat16), ((64,), torch.float32)]
-    scene = Scene(compat.trace(fn, shapes))
+    scene = Scene(recorded.graph(fn, shapes))
     (hit,) = scene.outermost(RMS_NORM)
     assert hit.node.meta["val"].shape == hit.x.node.meta["val"].shape == (3, 5, 64)
     assert hit.x.rows == (0, 1)
@@ -48,7 +48,7 @@ def test_a_value_that_is_repeated_otherwise_elsewhere():
 
 def test_no_place_where_an_input_is_made_of_a_result():
     """One op for ``a`` and ``c``, which would read what is made of its own ``a``."""
-    graph = compat.trace(lambda x: ((x * 2).exp() + 1) * x, [((5, 4), torch.float32)])
+    graph = recorded.graph(lambda x: ((x * 2).exp() + 1) * x, [((5, 4), torch.float32)])
     scene = Scene(graph)
     x, a, between, _, c = (n for n in graph.nodes if n.op != "output")
     assert scene.placeable([x], [a, c])
