@@ -16,7 +16,17 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from dsv4fuse import accesses, cache, compat, compile_workers, pipeline, ranks, render, trial
+from dsv4fuse import (
+    accesses,
+    cache,
+    compat,
+    compile_workers,
+    definitions,
+    pipeline,
+    ranks,
+    render,
+    trial,
+)
 from dsv4fuse.fusion import register_ops, registry
 from dsv4fuse.options import Options, debugging, disabled
 from dsv4fuse.report import Break, FusionError, Report, Site
@@ -41,6 +51,7 @@ class FusionPass(CustomGraphPass):
             earlier(graph)
         try:
             accesses.install()
+            definitions.install()
             self.report += pipeline.run(graph, self.options)
         except Exception as error:
             if self.options.strict or debugging():

@@ -1,6 +1,6 @@
 """What depends on how a version of torch works inside, with a test each; what launches of Triton's
-kernels ask of it is in ``accesses`` and ``compile_workers``, how fused ops are traced in ``calls``,
-its clocks in ``bench.stopwatch``.
+kernels ask of it is in ``accesses``, ``definitions`` and ``compile_workers``, how functions and
+fused ops are traced in ``recorded`` and ``calls``, its clocks in ``bench.stopwatch``.
 
 torch 2.11 to 2.15: ``joint_custom_pre_pass`` is called with the functional ATen graph before any
 pass of Inductor's own; 2.11 and 2.12 take one callable, lists only from 2.13.

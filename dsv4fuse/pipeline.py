@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -45,12 +44,12 @@ def _fused(graph: fx.Graph, options: Options) -> list[Site]:
     waiting = [(c, region) for c, region in waiting if options.wants(c.fusion)]
     if allowed is not None:
         waiting = [cr for cr in waiting if {cr[0].fusion, cr[0].site} & set(allowed)]
-    with clock.step("matching"), garbage.growing():
-        nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     with clock.step("planning"):
         plans = Plans(shared=not options.autotune)  # its shapes are chosen inside of an op
         if not options.autotune:
             _plan_ahead(waiting, options, plans)
+    with clock.step("matching"), garbage.growing():
+        nearly = near_misses(scene, covered)  # before the graph is touched, should this fail
     while waiting:
         planned, waiting = _planned(scene, waiting, gone, options, sites, plans)
         refused = [c for c, traced in planned if not _applied(graph, c, traced, newer, sites)]
@@ -80,8 +79,7 @@ def candidates(scene: Scene, options: Options) -> list[tuple[Candidate, list[fx.
 def _plan_ahead(
     waiting: list[tuple[Candidate, list[fx.Node]]], options: Options, plans: Plans
 ) -> None:
-    """The sites that will be run on a GPU are planned, but those inside a larger one. Meanwhile
-    their kernels are compiled."""
+    """The sites that will be run on a GPU are planned, but those inside a larger one."""
     covered, run = set[fx.Node](), list[Candidate]()
     for candidate, region in waiting:
         on_gpu = candidate.root.meta["val"].is_cuda and candidate.unsupported is None
@@ -90,16 +88,8 @@ def _plan_ahead(
             take = select.decide(candidate, options, front).take
             run += [candidate] if take is None or take and options.verify else []
         covered.update(region)
-    if not run:
-        return
-    try:
-        from dsv4fuse import ahead
-    except ImportError:  # of Triton: for that every site is declined
-        return
-    with ahead.compiling(plans.different(run), run[0].root.meta["val"].device):
-        for candidate in run:
-            with contextlib.suppress(Declined):  # once more, and said, when its turn comes
-                plans.ahead(candidate)
+    if run:
+        plans.ahead(run, run[0].root.meta["val"].device)
 
 
 def _planned(
@@ -224,6 +214,7 @@ def _decide(
         return candidate, "declined", str(error), None
     if not options.verify and verdict.take:
         return _timed(candidate, verdict), "taken", "", traced
+    plans.wait(candidate)
     found, record = trial.run(candidate, region, front, options, verdict.take is None)
     detail = {**candidate.detail, "found": record}
     if found.large:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,9 @@ from dsv4fuse import calls, compat
 from dsv4fuse.fusion import Candidate, has_kernel
 from dsv4fuse.terms import short
 from dsv4fuse.views import base_of
+
+if TYPE_CHECKING:
+    from dsv4fuse.ahead import Jobs
 
 
 class Declined(Exception):
@@ -34,19 +37,23 @@ class Plans:
         self._known: dict[object, fx.Graph] = {}
         self._steps: dict[str, object] = {}
         self._ahead: dict[str, fx.Graph] = {}
+        self._jobs: Jobs | None = None
 
-    def different(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """One of all whose calls do the same; none of those that would be declined."""
-        met = set[object]()
+    def ahead(self, candidates: Sequence[Candidate], device: torch.device) -> None:
+        """The plans are made now, and found when their turns come. Meanwhile the kernels that they
+        launch on that GPU are compiled."""
+        with contextlib.suppress(ImportError):  # of Triton: for that every site is declined
+            from dsv4fuse.ahead import Jobs
+
+            self._jobs = Jobs(self._different(candidates), device)
         for candidate in candidates:
-            with contextlib.suppress(Declined):
-                if (steps := self._done(candidate)) not in met:
-                    met.add(steps)
-                    yield candidate
+            with contextlib.suppress(Declined):  # once more, and said, when its turn comes
+                self._ahead[candidate.site] = self._new(candidate)
 
-    def ahead(self, candidate: Candidate) -> None:
-        """The plan is made now, and found when its turn comes; raises Declined."""
-        self._ahead[candidate.site] = self._new(candidate)
+    def wait(self, candidate: Candidate) -> None:
+        """Until the kernels are compiled that it launches, if they are on their way."""
+        if self._jobs is not None:
+            self._jobs.wait(self._steps.get(candidate.site))
 
     def of(self, candidate: Candidate) -> fx.Graph:
         """The fused op as a small graph over the candidate's inputs; raises Declined.
@@ -80,6 +87,15 @@ class Plans:
             return calls.again(self._known[key], fakes, like)
         self._known[key] = calls.graph(fused, fakes, like, keep_ops=kept)
         return self._known[key]
+
+    def _different(self, candidates: Iterable[Candidate]) -> Iterator[tuple[object, Candidate]]:
+        """One of all whose calls do the same, and what they do."""
+        met = set[object]()
+        for candidate in candidates:
+            with contextlib.suppress(Declined):
+                if (steps := self._done(candidate)) not in met:
+                    met.add(steps)
+                    yield steps, candidate
 
     def _done(self, candidate: Candidate) -> object:
         """Equal for candidates whose calls do the same; raises Declined."""

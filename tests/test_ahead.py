@@ -9,6 +9,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,5 +81,57 @@ def test_without_workers(monkeypatch):
 
     monkeypatch.setattr(ahead, "kernels", lambda *_: pytest.fail("described"))
     assert compile_workers.start() is False
-    with ahead.compiling([], None):
-        pass
+    ahead.Jobs([(0, None)], None).wait(0)
+
+
+class Workers:
+    """Take jobs, and end them when they are told to."""
+
+    def __init__(self):
+        self.jobs = {}
+
+    def submit(self, job, kernel, folder):
+        self.jobs[kernel.key] = Future()
+        return self.jobs[kernel.key]
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    from dsv4fuse import ahead
+
+    found = Workers()
+    monkeypatch.setattr(compile_workers, "start", lambda: True)
+    monkeypatch.setattr(compile_workers, "pool", lambda patience: found)
+    monkeypatch.setattr(ahead, "kernels", lambda keys, _: [
+        SimpleNamespace(key=k, name=k, on_disk=lambda: False) for k in keys()
+    ])  # fmt: skip
+    return found
+
+
+def test_each_is_started_as_soon_as_it_is_known(workers):
+    """But for the first, which might be the only one."""
+    from dsv4fuse import ahead
+
+    begun = []
+
+    def launching(keys):
+        return lambda: begun.append(list(workers.jobs)) or keys
+
+    ahead.Jobs(enumerate(map(launching, ("a", "bc", "bd", "c"))), None)
+    assert begun == [[], [], ["a", "b", "c"], ["a", "b", "c", "d"]]
+
+
+def test_a_call_waits_for_its_own(workers, monkeypatch):
+    from dsv4fuse import ahead
+
+    monkeypatch.setattr(ahead, "PATIENCE", 60.0)
+    jobs = ahead.Jobs([(k, lambda k=k: k) for k in ("ab", "bc")], None)
+    for key in "ab":
+        workers.jobs[key].set_result(None)
+    started = time.perf_counter()
+    jobs.wait("ab")
+    jobs.wait("another")
+    assert time.perf_counter() - started < 1
+    jobs._late = 0.0
+    jobs.wait("bc")  # c is late
+    assert jobs._told == {"c"}

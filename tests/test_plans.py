@@ -56,6 +56,13 @@ def traces(monkeypatch) -> list[object]:
     return made
 
 
+def test_one_of_all_that_do_the_same():
+    """Whatever it is that they differ in: here a number that no detail of the site tells."""
+    a, b, other = sites(1e-6, 1e-6, 1e-5)
+    assert a.detail == other.detail
+    assert [c for _, c in Plans()._different([a, b, other, b])] == [a, other]
+
+
 def test_sites_alike_are_traced_once(traces):
     plans, found = Plans(), sites(1e-6, 1e-6, 1e-6)
     graphs = [plans.of(site) for site in found]
