@@ -21,7 +21,7 @@ from dsv4fuse import (
     cache,
     compat,
     compile_workers,
-    definitions,
+    launches,
     pipeline,
     ranks,
     render,
@@ -51,7 +51,7 @@ class FusionPass(CustomGraphPass):
             earlier(graph)
         try:
             accesses.install()
-            definitions.install()
+            launches.install()
             self.report += pipeline.run(graph, self.options)
         except Exception as error:
             if self.options.strict or debugging():

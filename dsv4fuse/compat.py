@@ -1,5 +1,5 @@
 """What depends on how a version of torch works inside, with a test each; what launches of Triton's
-kernels ask of it is in ``accesses``, ``definitions`` and ``compile_workers``, how functions and
+kernels ask of it is in ``accesses``, ``launches`` and ``compile_workers``, how functions and
 fused ops are traced in ``recorded`` and ``calls``, its clocks in ``bench.stopwatch``.
 
 torch 2.11 to 2.15: ``joint_custom_pre_pass`` is called with the functional ATen graph before any

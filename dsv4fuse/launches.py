@@ -1,8 +1,9 @@
-"""Where Inductor's code defines the Triton kernel of a launch: its source is read once, and compile
-workers have it at once.
+"""What Inductor does for each launch of a Triton kernel, in less time.
 
-Inductor reads the source of a kernel, and of all that it calls, for each launch anew. And workers
-get it only when the generated code is loaded; kernels of Inductor's own they get as it is written.
+It reads the source of the kernel, and of all that it calls, for each launch anew: once will do. Its
+compile workers get the kernel only when the generated code is loaded: here as that is written, as
+they get kernels of Inductor's own. And it traces a function for the launch that writes in place:
+where nothing is to be cloned, that is a node with the same arguments.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import fx
+from torch._higher_order_ops.triton_kernel_wrap import (
+    triton_kernel_wrapper_functional,
+    triton_kernel_wrapper_mutation,
+)
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codegen import wrapper
+from torch._inductor.fx_passes import post_grad
 from torch._inductor.virtualized import V
 
 SOURCE = "user_defined_triton_kernel_transitive_closure_source_code"
+IN_PLACE = "decompose_triton_kernel_wrapper_functional"
 
 
 @functools.cache
@@ -25,8 +33,9 @@ def install() -> None:
     """From now on it is so in this process."""
     code = wrapper.PythonWrapperCodegen
     code.define_kernel = _started(code.define_kernel)
-    if hasattr(wrapper, SOURCE):
-        setattr(wrapper, SOURCE, _once(getattr(wrapper, SOURCE)))
+    for module, name, better in ((wrapper, SOURCE, _once), (post_grad, IN_PLACE, _in_place)):
+        if hasattr(module, name):
+            setattr(module, name, better(getattr(module, name)))
 
 
 def _once(read: Callable[..., str]) -> Callable[..., str]:
@@ -42,6 +51,21 @@ def _once(read: Callable[..., str]) -> Callable[..., str]:
         return known[id(kernel)][1]
 
     return source
+
+
+def _in_place(decompose: Callable[[fx.Graph], None]) -> Callable[[fx.Graph], None]:
+    @functools.wraps(decompose)
+    def decomposed(graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional):
+            given = dict(node.kwargs)
+            if given.pop("tensors_to_clone", None) == [] and not node.users:
+                with graph.inserting_before(node):
+                    writing = graph.call_function(triton_kernel_wrapper_mutation, (), given)
+                writing.meta = dict(node.meta)
+                graph.erase_node(node)
+        decompose(graph)
+
+    return decomposed
 
 
 def _started(define: Callable[..., Any]) -> Callable[..., Any]:
