@@ -21,6 +21,7 @@ from dsv4fuse import (
     cache,
     compat,
     compile_workers,
+    garbage,
     launches,
     pipeline,
     ranks,
@@ -115,7 +116,8 @@ def dsv4fuse(
         report = Report(graphs=1, notes=[_TRAINING])
         compiled = compat.compile_inner(gm, example_inputs, None, parsed.inner, mode)
     else:
-        compiled, report = _fused(gm, example_inputs, parsed, mode)
+        with garbage.passed_by():
+            compiled, report = _fused(gm, example_inputs, parsed, mode)
         _log(report)
     broken = compat.graph_break(gm)
     if broken is not None:

@@ -1,7 +1,7 @@
-"""Python's collector of cycles during a pass, which makes many objects that stay alive.
+"""Python's collector of cycles while a graph is compiled, which makes many objects that stay alive.
 
 Each full collection visits every object alive: those of Dynamo and of the model's own program, and
-the terms of a graph. Of a model of four layers that took a quarter of the pass. What is frozen is
+the terms of a graph. Of a model of four layers that took a quarter of a pass. What is frozen is
 not visited; cycles made inside are collected all the same, which may hold memory of a GPU.
 """
 
@@ -17,17 +17,17 @@ _own: ContextVar[bool] = ContextVar("own", default=False)  # is what is frozen o
 
 @contextlib.contextmanager
 def passed_by() -> Iterator[None]:
-    """Inside, collections pass by what was alive before. Where something is frozen already, nothing
-    is done: to thaw one's own objects thaws all."""
-    own = gc.get_freeze_count() == 0
-    token = _own.set(own)
-    if own:
+    """Inside, collections pass by what was alive before. Where somebody else has frozen something,
+    nothing is done: to thaw one's own objects thaws all."""
+    first = gc.get_freeze_count() == 0
+    token = _own.set(first or _own.get())
+    if first:
         gc.freeze()
     try:
         yield
     finally:
         _own.reset(token)
-        if own:
+        if first:
             gc.unfreeze()
 
 

@@ -89,9 +89,9 @@ class Plans:
         return self._known[key]
 
     def _different(self, candidates: Iterable[Candidate]) -> Iterator[tuple[object, Candidate]]:
-        """One of all whose calls do the same, and what they do."""
+        """One of all whose calls launch the same, and what they do."""
         met = set[object]()
-        for candidate in candidates:
+        for candidate in filter(lambda c: has_kernel(c.fusion), candidates):
             with contextlib.suppress(Declined):
                 if (steps := self._done(candidate)) not in met:
                     met.add(steps)

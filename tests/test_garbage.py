@@ -60,3 +60,12 @@ def test_a_collector_that_is_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_inside_another_one_of_ours():
+    """A pass in a compilation: what it makes is passed by until that ends."""
+    with garbage.passed_by():
+        with garbage.passed_by(), garbage.growing():
+            kept = [Cycle() for _ in range(100)]
+        assert gc.get_freeze_count() > 1000 + len(kept)
+    assert gc.get_freeze_count() == 0

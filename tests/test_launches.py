@@ -12,7 +12,11 @@ from torch import fx
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import pattern_matcher
-from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
+from torch._inductor.async_compile import (
+    AsyncCompile,
+    CompiledTritonKernels,
+    shutdown_compile_workers,
+)
 from torch._inductor.codegen import wrapper
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.virtualized import V
@@ -118,12 +122,13 @@ def test_what_is_written_in_place(clones, monkeypatch):
 
     def shown(graph):
         place = {n: i for i, n in enumerate(graph.nodes)}
-        return [(n.op, str(n.target), repr(fx.node.map_arg((n.args, n.kwargs), place.get)),
-                 str(n.meta.get("val"))) for n in graph.nodes]  # fmt: skip
+        return [
+            (str(n.target), repr(fx.node.map_arg((n.args, n.kwargs), place.get)))
+            for n in graph.nodes
+        ]
 
-    found = [n for n in shown(ours) if n[1] == "triton_kernel_wrapper_mutation"]
-    assert len(found) == 2
-    assert [n[1:] for n in shown(ours)] == [n[1:] for n in shown(theirs)]
+    found = [target for target, _ in shown(ours)]
+    assert found.count("triton_kernel_wrapper_mutation") == 2 and shown(ours) == shown(theirs)
 
 
 @pytest.mark.gpu
@@ -138,9 +143,11 @@ def test_the_code_finds_them_when_it_is_loaded(monkeypatch):
         return triton(self, name, source, *args, **kwargs)
 
     monkeypatch.setattr(AsyncCompile, "triton", noted)
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
     AsyncCompile.wait_pool_ready()
     made = registry()["hyper_connection_pre"].examples["norm"](64, Sizes(), "cuda")
     with compat.fresh_caches(), torch.no_grad():
         torch.compile(made.fn, backend=dsv4fuse, options={"select": "always"})(*made.inputs)
+    shutdown_compile_workers()
     sources = dict.fromkeys(source for source, _ in met)
     assert sources and met == [(s, False) for s in sources] + [(s, True) for s in sources]
