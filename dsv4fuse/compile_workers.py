@@ -22,8 +22,8 @@ def start() -> bool:
 
 def warm() -> None:
     """Starts them, and has each do what the first kernel of a process begins with: a second."""
-    if start():
-        for _ in range(get_compile_threads()):
+    with contextlib.suppress(RuntimeError):  # of a pool whose process has died
+        for _ in range(get_compile_threads() if start() else 0):
             AsyncCompile.process_pool().submit(_begin)
 
 

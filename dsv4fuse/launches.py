@@ -32,10 +32,13 @@ IN_PLACE = "decompose_triton_kernel_wrapper_functional"
 def install() -> None:
     """From now on it is so in this process."""
     code = wrapper.PythonWrapperCodegen
-    code.define_kernel = _started(code.define_kernel)
-    for module, name, better in ((wrapper, SOURCE, _once), (post_grad, IN_PLACE, _in_place)):
-        if hasattr(module, name):
-            setattr(module, name, better(getattr(module, name)))
+    for place, name, better in (
+        (wrapper, SOURCE, _once),
+        (code, "define_kernel", _started),
+        (post_grad, IN_PLACE, _in_place),
+    ):
+        if hasattr(place, name):
+            setattr(place, name, better(getattr(place, name)))
 
 
 def _once(read: Callable[..., str]) -> Callable[..., str]:

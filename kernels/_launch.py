@@ -150,12 +150,11 @@ def _make_launchers(kernel: CompiledKernel, ones: tuple[str, ...]) -> None:
     with contextlib.suppress(Exception):  # no C compiler, or no driver of a GPU
         from triton.backends.nvidia import driver as nvidia
 
+        inductor = copy.copy(kernel.src)
+        inductor.signature = kernel.src.signature | dict.fromkeys(ones, "constexpr")
         if hasattr(nvidia, "make_launcher"):
-            nvidia.CudaLauncher(kernel.src, kernel.metadata)
-        if hasattr(nvidia, "make_launcher") and ones:
-            inductor = copy.copy(kernel.src)
-            inductor.signature = kernel.src.signature | dict.fromkeys(ones, "constexpr")
-            nvidia.CudaLauncher(inductor, kernel.metadata)
+            for source in (kernel.src, inductor)[: 2 if ones else 1]:
+                nvidia.CudaLauncher(source, kernel.metadata)
 
 
 class _Described(JITFunction):  # type: ignore[misc, type-arg]

@@ -8,11 +8,14 @@ import json
 import logging
 import os
 import time
+from types import SimpleNamespace
 
 import torch
 import triton
 from dsv4fuse.kernels import _common as common
+from dsv4fuse.kernels import _launch
 from dsv4fuse.kernels._launch import instead_of_launches
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from dsv4fuse import ahead, compile_workers, pipeline, samples, trial
@@ -142,6 +145,12 @@ def main():
     trial._found = lambda c, *_: checks.append(launched([c.fusion])) or trial.Finding()
     report = pipeline.run(on_gpu(graph(CHECKED)), OPTIONS)
     result["pass"] = [s.status for s in report.sites], checks
+    # The C code of launches, which only some versions of Triton have.
+    made, kernel = [], real[0]
+    nvidia.make_launcher, nvidia.CudaLauncher = None, lambda src, _: made.append(src.signature)
+    for ones in ((), kernel.ones):
+        _launch._make_launchers(SimpleNamespace(src=kernel.source(), metadata=None), ones)
+    result["launchers"] = kernel.ones, made
     print(json.dumps(result))
 
 

@@ -56,6 +56,13 @@ def test_the_pass_compiles_before_it_checks(found):
     assert statuses == ["taken"] and hits == [[True, True]]
 
 
+def test_the_launchers_of_inductors_launches_too(found):
+    """For which what is 1 is a constant, whatever the kernel says of it."""
+    ones, (alone, own, inductors) = found["launchers"]
+    assert ones and alone == own and all(own[n] == "i32" for n in ones)
+    assert inductors == own | dict.fromkeys(ones, "constexpr")
+
+
 def test_a_kernel_has_one_key_whatever_had_one_before(tmp_path):
     """Triton's own hangs on the order: with these two 17 of 113 differ (triton 3.7.1)."""
     keys, others = (printed("_keys_script", tmp_path, seed) for seed in ("1", "2"))
