@@ -12,6 +12,7 @@ from dsv4fuse.kernels import _flash_hopper_op as op
 from dsv4fuse.kernels import sink_attention as dense
 from dsv4fuse.kernels import sparse_sink_attention as sparse
 from torch import Tensor
+from torch import _functorch as functorch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -259,7 +260,8 @@ def test_compiled_and_replayed():
 
 def test_rows_of_a_fake_tensor():
     """It has no address: its first row is taken for one at a good place."""
-    with FakeTensorMode():
+    refused = functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False)
+    with refused, FakeTensorMode():
         even, odd = torch.zeros(3, 512), torch.zeros(3, 520)[:, :512]
         assert op.hopper.aligned(even) is even and op.hopper.aligned(odd).stride() == (512, 1)
 
