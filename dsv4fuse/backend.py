@@ -17,7 +17,6 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from dsv4fuse import (
-    accesses,
     cache,
     compat,
     compile_workers,
@@ -51,7 +50,6 @@ class FusionPass(CustomGraphPass):
         for earlier in self.before:
             earlier(graph)
         try:
-            accesses.install()
             launches.install()
             self.report += pipeline.run(graph, self.options)
         except Exception as error:

@@ -67,11 +67,8 @@ class _Decomposed(TorchDispatchMode):
             if func.namespace == "dsv4fuse":
                 return func.redispatch(_CPU, *args, **kwargs)
             table = {} if func._schema.is_mutable else decompositions.table()
-            for spelled in (table.get(func), func.decompose):
-                found = spelled(*args, **kwargs) if spelled is not None else NotImplemented
-                if found is not NotImplemented:
-                    return found
-        return func(*args, **kwargs)
+            found = decompositions.spelled(func, args, kwargs, table)
+        return func(*args, **kwargs) if found is NotImplemented else found
 
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)

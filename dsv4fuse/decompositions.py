@@ -7,7 +7,7 @@ its own and another one to copy its operand (the angles of a rope: positions tim
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,18 @@ def other() -> dict[Any, Callable[..., Any]] | None:
     """The table where it is not Inductor's own, which it is not given: then torch 2.13 has no cache
     from one process to the next."""
     return None if outer_products_are_pointwise() else table()
+
+
+def spelled(
+    func: Any, args: Any, kwargs: Any, table: Mapping[Any, Callable[..., Any]]
+) -> Any:
+    """The operation by the table, or else as torch spells it out; NotImplemented where neither
+    does. What it is made of is called: a mode that wants to see that is entered before."""
+    for spell in (table.get(func), func.decompose):
+        found = spell(*args, **kwargs) if spell is not None else NotImplemented
+        if found is not NotImplemented:
+            return found
+    return NotImplemented
 
 
 @functools.cache

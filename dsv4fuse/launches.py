@@ -1,9 +1,10 @@
 """What Inductor does for each launch of a Triton kernel, in less time.
 
-It reads the source of the kernel, and of all that it calls, for each launch anew: once will do. Its
-compile workers get the kernel only when the generated code is loaded: here as that is written, as
-they get kernels of Inductor's own. And it traces a function for the launch that writes in place:
-where nothing is to be cloned, that is a node with the same arguments.
+It is told what ours write (``accesses``). It reads the source of the kernel, and of all that it
+calls, for each launch anew: once will do. Its compile workers get the kernel only when the
+generated code is loaded: here as that is written, like kernels of Inductor's own. And it traces a
+function for the launch that writes in place: where nothing is to be cloned, that is a node with the
+same arguments.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch._inductor.codegen import wrapper
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.virtualized import V
 
+from dsv4fuse import accesses
+
 SOURCE = "user_defined_triton_kernel_transitive_closure_source_code"
 IN_PLACE = "decompose_triton_kernel_wrapper_functional"
 
@@ -31,6 +34,7 @@ IN_PLACE = "decompose_triton_kernel_wrapper_functional"
 @functools.cache
 def install() -> None:
     """From now on it is so in this process."""
+    accesses.install()
     code = wrapper.PythonWrapperCodegen
     for place, name, better in (
         (wrapper, SOURCE, _once),

@@ -54,10 +54,9 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         with self:
-            for spelled in (self._table.get(func), func.decompose):
-                found = spelled(*args, **kwargs) if spelled is not None else NotImplemented
-                if found is not NotImplemented:
-                    return found
+            found = decompositions.spelled(func, args, kwargs, self._table)
+        if found is not NotImplemented:
+            return found
         if func._schema.is_mutable:
             raise _Foreign
         results = func(*args, **kwargs)

@@ -115,9 +115,9 @@ def main():
     sites, job, ahead.HERE = candidates(NAMES), compile_workers.compiled, 60.0
 
     def compiled():
-        jobs = ahead.Jobs(enumerate(sites), GPU)
+        started = ahead.Jobs(enumerate(sites), GPU)
         for i in range(len(sites)):
-            jobs.wait(i)
+            started.wait(i)
 
     def missing():
         return [k for c in sites for k in ahead.kernels(c, GPU)]
